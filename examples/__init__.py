@@ -1,0 +1,1 @@
+"""Worked examples of lightning_muon; they use its public names only."""

@@ -1,0 +1,1 @@
+"""Sequential recommenders trained with Muon: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``."""

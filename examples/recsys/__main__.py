@@ -1,0 +1,56 @@
+"""Train and judge a recommender: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``.
+
+After ``fit`` the best checkpoint is tested, and the popularity baseline beside it.
+"""
+
+import rich
+from lightning import Trainer
+from rich.table import Table
+
+import examples.recsys.data  # its classes can then be named without their module
+import examples.recsys.models
+from examples.recsys.data import SequenceDataModule
+from examples.recsys.models import Popularity, Recommender
+from lightning_muon import MuonCLI
+
+
+class RecommenderCLI(MuonCLI):
+    """:class:`lightning_muon.MuonCLI` that tests the best checkpoint after ``fit``."""
+
+    def after_fit(self) -> None:
+        if self.trainer.fast_dev_run:
+            return
+        callback = self.trainer.checkpoint_callback
+        best = "best" if callback is not None and callback.best_model_path else None
+        (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        if self.trainer.is_global_zero:
+            baseline = popularity_metrics(self.datamodule)
+            rich.get_console().print(comparison(type(self.model).__name__, metrics, baseline))
+
+
+def popularity_metrics(data: SequenceDataModule) -> dict[str, float]:
+    """Test metrics of the popularity baseline, in this process alone."""
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    (metrics,) = trainer.test(Popularity(data.num_items), datamodule=data, verbose=False)
+    return metrics
+
+
+def comparison(name: str, metrics: dict[str, float], baseline: dict[str, float]) -> Table:
+    """A row a test metric: the model, the baseline and how many times as much the model has."""
+    table = Table("test metric", name, "popularity", "ratio", title="Test of the best checkpoint")
+    for key, value in metrics.items():
+        ratio = f"{value / baseline[key]:.1f}" if baseline[key] else "-"
+        table.add_row(key.removeprefix("test/"), f"{value:.4f}", f"{baseline[key]:.4f}", ratio)
+    return table
+
+
+if __name__ == "__main__":
+    RecommenderCLI(
+        Recommender,
+        SequenceDataModule,
+        links=["num_items", "max_length", "mask_history"],
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+    )

@@ -1,0 +1,162 @@
+"""Amazon reviews of 2014, 5-core: the leave-one-out benchmark of S3-Rec, P5 and TIGER.
+
+The corpus is given for research use; cite McAuley et al. 2015, "Image-based recommendations on styles and substitutes".
+"""
+
+import ast
+import gzip
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from examples.recsys.data.download import download_gzip
+from examples.recsys.data.module import SequenceDataModule
+from examples.recsys.data.sequences import UserSequences
+
+Category: TypeAlias = Literal["Beauty", "Toys_and_Games", "Sports_and_Outdoors"]
+
+SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+
+
+class Counts(NamedTuple):
+    """Size of an interaction set."""
+
+    users: int
+    items: int
+    interactions: int
+
+
+PUBLISHED: dict[str, Counts] = {
+    "Beauty": Counts(22_363, 12_101, 198_502),
+    "Toys_and_Games": Counts(19_412, 11_924, 167_597),
+    "Sports_and_Outdoors": Counts(35_598, 18_357, 296_337),
+}
+"""What the literature states of each 5-core (arXiv 2305.05065, Table 6), and what a file must have to be used."""
+
+
+class AmazonReviews2014(SequenceDataModule):
+    """One category of the Amazon 2014 reviews.
+
+    Reads ``{category}.txt`` in ``data_dir``, one user a line: ``user item item ...``, oldest first, ids from 1. Without
+    ``data_dir`` it downloads the reviews and writes that file to ``cache_dir`` once.
+
+    Reviews bear a day and no hour, and a quarter of the test items depends on the order within a day. Here it is that of
+    the source file, so figures from a downloaded copy and from another ``{category}.txt`` differ by that alone.
+
+    Args:
+        category: ``Beauty``, ``Toys_and_Games`` or ``Sports_and_Outdoors``.
+        data_dir: folder that holds ``{category}.txt``; None downloads.
+        cache_dir: where the download goes; default ``lightning_muon/amazon2014`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        base_url: folder on the web that holds ``reviews_{category}_5.json.gz``.
+        **kwargs: of :class:`SequenceDataModule`.
+
+    Raises:
+        ValueError: if the category is unknown.
+    """
+
+    def __init__(
+        self,
+        category: Category = "Beauty",
+        data_dir: str | None = None,
+        cache_dir: str | None = None,
+        base_url: str = SNAP,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if category not in PUBLISHED:
+            raise ValueError(f"Unknown category {category!r}: choose one of {', '.join(PUBLISHED)}.")
+        self.category = category
+        self.data_dir = data_dir
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else _default_cache_dir()
+        self.base_url = base_url
+
+    @property
+    def num_items(self) -> int:
+        return PUBLISHED[self.category].items
+
+    @property
+    def path(self) -> Path:
+        """The file that is read."""
+        folder = self.cache_dir if self.data_dir is None else Path(self.data_dir).expanduser()
+        return folder / f"{self.category}.txt"
+
+    def prepare_data(self) -> None:
+        """Make sure that the file is there; in the main process of a node.
+
+        Raises:
+            FileNotFoundError: if ``data_dir`` lacks it.
+            ConnectionError: if it cannot be downloaded.
+            ValueError: if the download is damaged, or does not have the published number of users and items.
+        """
+        if self.path.exists():
+            return
+        if self.data_dir is not None:
+            raise FileNotFoundError(
+                f"data_dir={self.data_dir!r} has no {self.category}.txt (looked for {self.path.absolute()}). Give the "
+                "folder that holds it, or leave data_dir out to download the reviews."
+            )
+        name = f"reviews_{self.category}_5.json.gz"
+        reviews = download_gzip(f"{self.base_url}/{name}", self.cache_dir / name)
+        sequences = read_reviews(reviews)
+        _check_published(self.category, sequences, reviews)
+        sequences.write(self.path)
+
+    def load_sequences(self) -> UserSequences:
+        sequences = UserSequences.read(self.path, self.num_items)
+        _check_published(self.category, sequences, self.path)
+        return sequences
+
+
+def read_reviews(path: str | os.PathLike[str]) -> UserSequences:
+    """Sequences from a gzip file of reviews, one dict a line, as JSON or as a Python literal.
+
+    Users and items are numbered from 1 in order of appearance: users in the file, items in the sequences. Reviews of
+    the same day keep the order of the file.
+
+    Raises:
+        ValueError: naming the line, if it lacks ``reviewerID``, ``asin`` or ``unixReviewTime``.
+    """
+    histories: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for review in _reviews(path, lines):
+            histories[review["reviewerID"]].append((int(review["unixReviewTime"]), review["asin"]))
+    numbers: dict[str, int] = {}
+    sequences = [
+        [numbers.setdefault(asin, len(numbers) + 1) for _, asin in sorted(history, key=lambda event: event[0])]
+        for history in histories.values()
+    ]
+    return UserSequences.from_lists(sequences, num_items=len(numbers))
+
+
+def _reviews(path: str | os.PathLike[str], lines: Any) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            review = json.loads(line)
+        except json.JSONDecodeError:
+            try:
+                review = ast.literal_eval(line)
+            except (ValueError, SyntaxError):
+                review = None
+        if not isinstance(review, dict) or not {"reviewerID", "asin", "unixReviewTime"} <= review.keys():
+            raise ValueError(
+                f"{path}, line {number}: not a review with reviewerID, asin and unixReviewTime: {line[:60]!r}."
+            )
+        yield review
+
+
+def _check_published(category: str, sequences: UserSequences, source: Path) -> None:
+    found = Counts(len(sequences), len(sequences.items.unique()), len(sequences.items))
+    expected = PUBLISHED[category]
+    if found != expected:
+        raise ValueError(
+            f"{source} has {found.users} users, {found.items} items and {found.interactions} interactions, but the "
+            f"published {category} 5-core has {expected.users}, {expected.items} and {expected.interactions}: the file "
+            "is cut short or another set. Delete it to download it again, or give the right data_dir."
+        )
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_muon" / "amazon2014"

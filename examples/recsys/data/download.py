@@ -1,0 +1,125 @@
+"""Fetch a file over HTTP: with progress, resumed where it broke off, checked before it gets its name."""
+
+from __future__ import annotations
+
+import gzip
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+
+import rich
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+_CHUNK = 1 << 18
+_TIMEOUT_S = 60
+
+
+def download_gzip(url: str, path: Path, attempts: int = 5) -> Path:
+    """Download a gzip file to ``path``, unless it is there, and check it to its last byte.
+
+    What has arrived is kept in ``<path>.part``: a broken connection, or a later call, goes on from there by an HTTP
+    range request. ``path`` itself is only ever a whole file.
+
+    Args:
+        url: an http or https address.
+        path: where the file goes; its folder is made.
+        attempts: how often to connect before giving up.
+
+    Raises:
+        ConnectionError: if the file could not be had; calling again resumes.
+        ValueError: if what the server sends is not a whole gzip file.
+    """
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    resumed = part.exists()
+    _fetch_all(url, part, attempts)
+    fault = _gzip_fault(part)
+    if fault and resumed:
+        # The part may be the start of another version of the file: only a fresh download tells.
+        part.unlink()
+        _fetch_all(url, part, attempts)
+        fault = _gzip_fault(part)
+    if fault:
+        size = part.stat().st_size
+        part.unlink()
+        raise ValueError(
+            f"{url} sent {size} bytes that are not a whole gzip file ({fault}): check the address in a browser; a proxy "
+            "or a login page may answer in place of the server."
+        )
+    return part.replace(path)
+
+
+def _fetch_all(url: str, part: Path, attempts: int) -> None:
+    """Connect until ``part`` has all bytes that the server announces."""
+    failure = "no attempt was made"
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=rich.get_console()) as progress:
+        task = progress.add_task(url.rsplit("/", 1)[-1], total=None)
+        for _ in range(attempts):
+            try:
+                with _open(url, part) as response:
+                    resumes = response.status == 206
+                    expected = _total_bytes(response)
+                    with part.open("ab" if resumes else "wb") as file:
+                        progress.update(task, total=expected, completed=file.tell())
+                        for chunk in _chunks(response):
+                            file.write(chunk)
+                            progress.advance(task, len(chunk))
+            except urllib.error.HTTPError as error:
+                if error.code == 416 and part.exists():
+                    # Nothing lies beyond what is here: it is whole, or longer than the file and then not a part of it.
+                    if error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+                        return
+                    part.unlink()
+                    failure = "the unfinished download was longer than the file"
+                    continue
+                if error.code < 500:
+                    raise ConnectionError(f"{url} answers {error.code} {error.reason}.") from error
+                failure = f"{error.code} {error.reason}"
+            except (OSError, HTTPException) as error:
+                failure = str(error) or type(error).__name__
+            else:
+                arrived = part.stat().st_size
+                if expected is None or arrived == expected:
+                    return
+                failure = f"the connection ended after {arrived} of {expected} bytes"
+    raise ConnectionError(f"{url} could not be downloaded in {attempts} attempts ({failure}): run again to resume.")
+
+
+def _open(url: str, part: Path) -> HTTPResponse:
+    # Without identity a proxy may compress, and the ranges would be those of the compressed bytes.
+    headers = {"Accept-Encoding": "identity"}
+    if part.exists() and part.stat().st_size:
+        headers["Range"] = f"bytes={part.stat().st_size}-"
+    response: HTTPResponse = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S)
+    return response
+
+
+def _total_bytes(response: HTTPResponse) -> int | None:
+    """Size of the whole file; None if the server does not say."""
+    if response.status == 206:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        total = response.headers.get("Content-Length", "")
+    return int(total) if total.isdigit() else None
+
+
+def _chunks(response: HTTPResponse) -> Iterator[bytes]:
+    while chunk := response.read(_CHUNK):
+        yield chunk
+
+
+def _gzip_fault(path: Path) -> str | None:
+    """What is wrong with a gzip file, by reading all of it against its checksums; None if nothing is."""
+    try:
+        with gzip.open(path) as file:
+            while file.read(_CHUNK):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        return str(error)
+    return None

@@ -1,0 +1,98 @@
+"""The LightningDataModule that all sources share."""
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from examples.recsys.data.protocol import LeaveOneOut, Samples, collate
+from examples.recsys.data.sequences import UserSequences
+
+
+class SequenceDataModule(L.LightningDataModule):
+    """Batches of user sequences under the leave-one-out protocol.
+
+    Training batches hold ``history`` and ``targets``, both (B, T); those for validation and test ``history`` (B, T),
+    ``target`` (B,) and ``seen`` (B, S). All are int64 item ids from 1, padded on the right with 0.
+
+    A subclass says how many items there are (``num_items``) and loads the sequences.
+
+    Args:
+        max_length: how many of the latest items of a history the model sees.
+        mask_history: whether validation leaves the items of the history out of the ranking. A test reports both.
+        samples: ``"sequence"``: a user is one training sample with a target at every position. ``"prefix"``: every
+            target is a sample of its own.
+        batch_size: training samples a batch and process.
+        eval_batch_size: users a batch and process in validation and test.
+        num_workers: processes that load batches; the default loads them in the main process.
+    """
+
+    def __init__(
+        self,
+        max_length: int = 50,
+        mask_history: bool = True,
+        samples: Samples = "sequence",
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.mask_history = mask_history
+        self.samples: Samples = samples
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.protocol: LeaveOneOut | None = None
+
+    @property
+    @abstractmethod
+    def num_items(self) -> int:
+        """Size of the catalogue, known before anything is loaded."""
+
+    @abstractmethod
+    def load_sequences(self) -> UserSequences:
+        """Read what ``prepare_data`` left."""
+
+    def setup(self, stage: str) -> None:
+        if self.protocol is None:
+            self.protocol = LeaveOneOut(self.load_sequences(), self.max_length, self.samples)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._loader(self._split().train(), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._evaluation_loader(self._split().validation())
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._evaluation_loader(self._split().test())
+
+    def item_counts(self) -> Tensor:
+        """(num_items,) how often each item occurs in the training part."""
+        return self._split().item_counts()
+
+    def _split(self) -> LeaveOneOut:
+        if self.protocol is None:
+            raise RuntimeError(f"{type(self).__name__} is not set up: call prepare_data() and setup('fit') first.")
+        return self.protocol
+
+    def _evaluation_loader(self, dataset: Dataset[dict[str, Tensor]]) -> DataLoader[dict[str, Tensor]]:
+        # The sampler that Lightning would insert repeats users to even out the processes, and they would count twice.
+        sampler: Sampler[int] | None = None
+        if self.trainer is not None and self.trainer.world_size > 1:
+            sampler = UnrepeatedDistributedSampler(
+                dataset, num_replicas=self.trainer.world_size, rank=self.trainer.global_rank, shuffle=False
+            )
+        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=sampler)
+
+    def _loader(self, dataset: Dataset[dict[str, Tensor]], **kwargs: Any) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **kwargs,
+        )

@@ -1,0 +1,86 @@
+"""What every source of interactions is brought to: the items of each user, oldest first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PADDING = 0
+"""The item id that means "no item"; real ones start at 1."""
+
+
+@dataclass(frozen=True)
+class UserSequences:
+    """The items of many users in one flat tensor.
+
+    Args:
+        items: (interactions,) int64 ids from 1 to ``num_items``, user after user, oldest first.
+        offsets: (users + 1,) int64; user ``u`` owns ``items[offsets[u]:offsets[u + 1]]``.
+        num_items: size of the catalogue.
+
+    Raises:
+        ValueError: if a user has no item, or an id is outside of 1..num_items.
+    """
+
+    items: Tensor
+    offsets: Tensor
+    num_items: int
+
+    def __post_init__(self) -> None:
+        empty = (self.offsets.diff() < 1).nonzero()
+        if len(empty):
+            raise ValueError(f"User {int(empty[0]) + 1} has no interactions: drop users without any.")
+        outside = ((self.items < 1) | (self.items > self.num_items)).nonzero()
+        if len(outside):
+            position = int(outside[0])
+            user = int(torch.searchsorted(self.offsets, position, right=True))
+            raise ValueError(
+                f"User {user} has the item id {int(self.items[position])}, but ids must be from 1 to "
+                f"{self.num_items} (0 is the padding): number the items of the catalogue without gaps, from 1."
+            )
+
+    @classmethod
+    def from_lists(cls, sequences: Sequence[Sequence[int]], num_items: int) -> UserSequences:
+        """Build from one list of item ids a user, oldest first."""
+        items = torch.tensor([item for sequence in sequences for item in sequence], dtype=torch.long)
+        offsets = torch.tensor([0, *accumulate(len(sequence) for sequence in sequences)])
+        return cls(items, offsets, num_items)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], num_items: int) -> UserSequences:
+        """Read ``user item item ...`` lines, whitespace separated, oldest item first.
+
+        Raises:
+            ValueError: naming file and line, if a line is not made of integers or has no item; or as the class does.
+        """
+        sequences = []
+        for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+            try:
+                _user, *sequence = map(int, line.split())
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: expected 'user item item ...' as integers, got {line[:60]!r}.")
+            if not sequence:
+                raise ValueError(f"{path}, line {number}: user {_user} has no items: drop users without any.")
+            sequences.append(sequence)
+        return cls.from_lists(sequences, num_items)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the form that :meth:`read` reads, users numbered from 1; the file appears whole or not at all."""
+        lines = (f"{user} {' '.join(map(str, self[user - 1].tolist()))}\n" for user in range(1, len(self) + 1))
+        unfinished = Path(f"{path}.unfinished")
+        unfinished.write_text("".join(lines))
+        unfinished.replace(path)
+
+    def __len__(self) -> int:
+        """The number of users."""
+        return len(self.offsets) - 1
+
+    def __getitem__(self, user: int) -> Tensor:
+        """The items of user ``user``, counted from 0, oldest first."""
+        return self.items[self.offsets[user] : self.offsets[user + 1]]

@@ -1,0 +1,101 @@
+"""What all recommenders share: evaluation by the protocol, and training on the next item."""
+
+from abc import abstractmethod
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from examples.recsys.data.sequences import PADDING
+from examples.recsys.metrics import NDCG, Recall, target_ranks
+
+Batch = dict[str, Tensor]
+
+TOP_K = (5, 10)
+
+
+class Recommender(L.LightningModule):
+    """A model that scores the whole catalogue for a history, judged by Recall@K and NDCG@K of the next item.
+
+    Logs ``val/ndcg@10`` and the like, and in a test ``test/masked/...`` (items of the history are left out of the
+    ranking) and ``test/unmasked/...`` (they compete).
+
+    Args:
+        num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
+        mask_history: whether validation leaves the items of the history out.
+
+    Raises:
+        ValueError: if ``num_items`` is below 2.
+    """
+
+    def __init__(self, num_items: int, mask_history: bool = True) -> None:
+        super().__init__()
+        if num_items < 2:
+            raise ValueError(f"num_items must be 2 or more, got {num_items}: there is nothing to rank.")
+        self.num_items = num_items
+        self.mask_history = mask_history
+        self.val_metrics = _ranking_metrics("val/")
+        self.test_masked = _ranking_metrics("test/masked/")
+        self.test_unmasked = _ranking_metrics("test/unmasked/")
+
+    @abstractmethod
+    def forward(self, history: Tensor) -> Tensor:
+        """Scores of all items: (B, T) item ids, padded on the right -> (B, num_items); column j is item j + 1."""
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        self._evaluate(self.val_metrics, self(batch["history"]), batch, masked=self.mask_history)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        scores = self(batch["history"])
+        self._evaluate(self.test_masked, scores, batch, masked=True)
+        self._evaluate(self.test_unmasked, scores, batch, masked=False)
+
+    def _evaluate(self, metrics: MetricCollection, scores: Tensor, batch: Batch, masked: bool) -> None:
+        # Column j is item j + 1, so the padding id 0 becomes the -1 that target_ranks skips.
+        exclude = batch["seen"] - 1 if masked else None
+        metrics.update(target_ranks(scores, batch["target"] - 1, exclude))
+        for name, metric in metrics.items():
+            self.log(name, metric, prog_bar=name == "val/ndcg@10", batch_size=len(scores))
+
+
+class NextItemRecommender(Recommender):
+    """A recommender that encodes a history to a state a position, trained to score the item that follows each."""
+
+    @abstractmethod
+    def encode(self, history: Tensor) -> Tensor:
+        """States of the M positions that hold an item, row after row, each of them blind to what comes later.
+
+        (B, T) item ids, padded on the right -> (M, d).
+        """
+
+    @abstractmethod
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (num_items, d) and bias (num_items,) or None that score items 1, 2, ... for a state."""
+
+    @abstractmethod
+    def loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of states (M, d) that should score the rows ``targets`` (M,) of the output layer."""
+
+    def forward(self, history: Tensor) -> Tensor:
+        last = (history != PADDING).sum(1).cumsum(0) - 1
+        states = self.encode(history)[last]
+        weight, bias = self.output_layer()
+        # In bfloat16 a catalogue shares a few hundred different scores, and ties count against the model.
+        with torch.autocast(states.device.type, enabled=False):
+            scores = states.float() @ weight.float().T
+            return scores if bias is None else scores + bias.float()
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        history = batch["history"]
+        targets = batch["targets"][history != PADDING]
+        counts = targets != PADDING
+        loss = self.loss(self.encode(history)[counts], targets[counts] - 1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(history))
+        return loss
+
+
+def _ranking_metrics(prefix: str) -> MetricCollection:
+    metrics = {f"{name}@{k}": metric(k) for name, metric in (("ndcg", NDCG), ("recall", Recall)) for k in TOP_K}
+    # Compute groups are guessed from equal states, and all are zero as long as nothing hits.
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -1,0 +1,53 @@
+"""Losses over the items of a catalogue, from states and the output layer that scores them.
+
+In all of them a state (M, d) scores item ``j`` by ``states @ weight[j] + bias[j]`` with ``weight`` (N, d) and ``bias``
+(N,) or None, and ``targets`` (M,) are rows of ``weight``. Each returns the mean over the M targets.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def softmax_loss(states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the softmax over all N items."""
+    return F.cross_entropy(F.linear(states, weight, bias), targets)
+
+
+def sampled_softmax_loss(
+    states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, num_negatives: int = 1024
+) -> Tensor:
+    """Cross-entropy of the softmax over the target and ``num_negatives`` uniform items that all M targets share.
+
+    Uniform sampling needs no correction by the sampling probability, which is the same for all. A negative that is the
+    target of a state does not count for that state.
+    """
+    negatives = torch.randint(len(weight), (num_negatives,), device=states.device)
+    positive = _pair_scores(states, targets[:, None], weight, bias)
+    negative = F.linear(states, weight[negatives], None if bias is None else bias[negatives])
+    negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
+    logits = torch.cat([positive, negative], dim=1)
+    return F.cross_entropy(logits, torch.zeros_like(targets))
+
+
+def binary_cross_entropy_loss(
+    states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, num_negatives: int = 1
+) -> Tensor:
+    """Binary cross-entropy of the target against ``num_negatives`` uniform other items, drawn for each target.
+
+    The mean of the target's term and the mean term of its negatives (SASRec, arXiv 1808.09781, with one negative).
+    """
+    # Drawing from one item fewer and stepping over the target leaves all others equally likely.
+    negatives = torch.randint(len(weight) - 1, (len(targets), num_negatives), device=states.device)
+    negatives = negatives + (negatives >= targets[:, None])
+    positive = -F.logsigmoid(_pair_scores(states, targets[:, None], weight, bias))
+    negative = -F.logsigmoid(-_pair_scores(states, negatives, weight, bias))
+    return (positive.mean() + negative.mean()) / 2
+
+
+def _pair_scores(states: Tensor, items: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores (M, K) of the K items (M, K) that each state (M, d) has of its own."""
+    scores = (weight[items] @ states[:, :, None]).squeeze(2)
+    return scores if bias is None else scores + bias[items]

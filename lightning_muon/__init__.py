@@ -1,0 +1,25 @@
+"""Muon and its relatives for PyTorch Lightning: one mixin, one hybrid optimizer."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from lightning_muon.cli import MuonCLI
+from lightning_muon.mixin import MuonMixin
+from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon
+from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
+
+try:
+    __version__ = version("lightning-muon")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "HybridOptimizer",
+    "MatrixLayout",
+    "MatrixOptimizer",
+    "Muon",
+    "MuonCLI",
+    "MuonMixin",
+    "ParameterRule",
+    "Partition",
+    "partition_parameters",
+]

@@ -1,0 +1,174 @@
+"""MuonCLI: LightningCLI for modules with or without MuonMixin, and the console script ``lightning-muon``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+from lightning_muon.callbacks import PartitionSummary
+from lightning_muon.mixin import OPTIMIZER_SETTINGS, MatrixOptimizerCallable, MuonMixin, configure_hybrid_optimizer
+from lightning_muon.partition import ParameterRule, partition_parameters
+from lightning_muon.schedules import Schedule
+
+
+def main(args: ArgsType = None) -> None:
+    """The console script ``lightning-muon``: :class:`MuonCLI` for installed modules and those in the current directory.
+
+    Example::
+
+        lightning-muon fit --model my.Module --data my.Data --matrix_optimizer Muon --matrix_optimizer.lr 1e-3
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    MuonCLI(args=args)
+
+
+class PartitionTrainer(Trainer):
+    """A Trainer whose method ``partition`` becomes a subcommand of :class:`MuonCLI`."""
+
+    def partition(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Print which optimizer takes each parameter and why, without training."""
+        model.trainer = self
+        model.configure_model()
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PartitionSummary):
+                callback.show(model)
+
+
+class MuonCLI(LightningCLI):
+    """``LightningCLI`` that trains any LightningModule with Muon and adds the subcommand ``partition``.
+
+    * A module with :class:`MuonMixin` is set up by ``--model.matrix_optimizer``, ``--model.other_optimizer``,
+      ``--model.schedule`` and ``--model.parameter_rules``. A module without it takes the same options without
+      ``model.``, and its own ``configure_optimizers`` is replaced.
+    * Classes of this package may be given by name: ``--model.matrix_optimizer NorMuon``.
+    * ``fit`` prints the partition, unless ``--trainer.enable_model_summary false``; ``partition`` prints it and exits.
+    * Plain ``LightningCLI``'s ``--optimizer`` and ``--lr_scheduler`` are not there.
+
+    Args:
+        model_class: as in ``LightningCLI``; None takes the class from ``--model``.
+        datamodule_class: as in ``LightningCLI``; None takes the class from ``--data``.
+        links: names of attributes of the data module that models take as arguments, e.g. ``["num_items"]``. Where the
+            model takes the argument and the data module has the attribute, its value is handed over.
+        trainer_class: subclass of :class:`PartitionTrainer`.
+        **kwargs: as in ``LightningCLI``, less ``auto_configure_optimizers``.
+
+    Raises:
+        ValueError: if ``--matrix_optimizer`` and the like are given for a module that has the mixin.
+
+    Example::
+
+        MuonCLI(SASRec, SyntheticSequences, links=["num_items"])
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule] | Callable[..., LightningModule] | None = None,
+        datamodule_class: type[LightningDataModule] | Callable[..., LightningDataModule] | None = None,
+        *,
+        links: Sequence[str] = (),
+        trainer_class: type[PartitionTrainer] = PartitionTrainer,
+        **kwargs: Any,
+    ) -> None:
+        self.links = tuple(links)
+        super().__init__(
+            model_class, datamodule_class, trainer_class=trainer_class, auto_configure_optimizers=False, **kwargs
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands and ``partition``, with the arguments that the command line does not set."""
+        return {**LightningCLI.subcommands(), "partition": {"model", "datamodule"}}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds Lightning's arguments, the optimizer settings for modules without the mixin, and the links."""
+        super().add_core_arguments_to_parser(parser)
+        for name, annotation in _SETTING_TYPES.items():
+            parser.add_argument(
+                f"--{name}", type=annotation, default=None, help=f"For modules without MuonMixin: its {name}."
+            )
+        model_key = "model.init_args" if self.subclass_mode_model else "model"
+        known = parser.get_defaults()
+        for name in self.links:
+            if self.subclass_mode_model or f"model.{name}" in known:
+                parser.link_arguments(f"data.{name}", f"{model_key}.{name}", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Instantiates model, data and trainer, and gives a model without the mixin its optimizer."""
+        super().instantiate_classes()
+        self._forget_unused_links()
+        given = self._given_settings()
+        if not isinstance(self.model, MuonMixin):
+            _train_with_muon(self.model, **given)
+        elif given:
+            name = next(iter(given))
+            raise ValueError(
+                f"--{name} is for modules without MuonMixin, and {type(self.model).__name__} has it: use "
+                f"--model.{name} (model.init_args.{name} in YAML). For that, its __init__ has to hand **kwargs to "
+                "super().__init__."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer of the configuration with a :class:`PartitionSummary`; ``partition`` needs no more than that."""
+        summary = PartitionSummary(self._given_settings().get("parameter_rules"))
+        if self.subcommand == "partition":
+            return self.trainer_class(accelerator="cpu", devices=1, logger=False, callbacks=[summary])
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        callbacks = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
+        wanted = config.get("enable_model_summary") is not False and not config.get("barebones")
+        if wanted and not any(isinstance(callback, PartitionSummary) for callback in callbacks):
+            callbacks.append(summary)
+        return super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
+
+    def _given_settings(self) -> dict[str, Any]:
+        settings = {name: self._get(self.config_init, name) for name in OPTIMIZER_SETTINGS}
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def _forget_unused_links(self) -> None:
+        """Take linked values that this model has no argument for out of its hyperparameters.
+
+        Where the model class is chosen on the command line, Lightning stores them all the same, and
+        ``load_from_checkpoint`` would hand them to ``__init__``.
+        """
+        if not self.subclass_mode_model:
+            return
+        for name in self.links:
+            if name not in self._get(self.config, "model").init_args:
+                self.model.hparams.pop(name, None)
+                self.model._hparams_initial.pop(name, None)
+
+
+_SETTING_TYPES: dict[str, Any] = {
+    "matrix_optimizer": MatrixOptimizerCallable | None,
+    "other_optimizer": OptimizerCallable | None,
+    "schedule": Schedule | None,
+    "parameter_rules": list[ParameterRule] | None,
+}
+
+
+def _train_with_muon(
+    model: LightningModule,
+    matrix_optimizer: MatrixOptimizerCallable | None = None,
+    other_optimizer: OptimizerCallable | None = None,
+    schedule: Schedule | None = None,
+    parameter_rules: Sequence[ParameterRule] = (),
+) -> None:
+    def configure_optimizers(module: LightningModule) -> OptimizerLRScheduler:
+        partition = partition_parameters(module, parameter_rules)
+        return configure_hybrid_optimizer(module, partition, matrix_optimizer, other_optimizer, schedule)
+
+    if is_overridden("configure_optimizers", model):
+        rank_zero_warn(
+            f"{type(model).__name__}.configure_optimizers is replaced by MuonCLI. A plain LightningCLI would run it."
+        )
+    model.configure_optimizers = MethodType(configure_optimizers, model)  # type: ignore[method-assign]

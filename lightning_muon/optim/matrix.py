@@ -1,0 +1,407 @@
+"""MatrixOptimizer: what all rules for matrices share."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
+
+from lightning_muon.optim.checkpoint import restore_precision
+from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
+from lightning_muon.partition import MatrixLayout
+
+LRScale: TypeAlias = Literal["match_rms_adamw", "original", "spectral", "none"]
+NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]
+UpdateObserver: TypeAlias = Callable[[str, Tensor], None]
+
+_SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "spectral": lambda m, n: math.sqrt(m / n),
+    "none": lambda m, n: 1.0,
+}
+
+
+class MatrixOptimizer(Optimizer):
+    r"""Base of the optimizers for matrices: all of a step but the rule, on stacks of same-shaped matrices.
+
+    A step reads every gradient as matrices (:class:`~lightning_muon.partition.MatrixLayout`), stacks those of one shape
+    as one (B, m, n) tensor, asks the rule for its direction :math:`D` and applies, with learning rate :math:`\eta`,
+    shape scale :math:`s(m, n)` and weight decay :math:`\lambda`,
+
+    .. math:: W \leftarrow (1 - \eta\lambda) W - \eta\, s(m, n)\, D.
+
+    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`. Gradients are never modified;
+    parameters without a gradient are left alone.
+
+    Args:
+        params: parameters or param groups, as in ``torch.optim``. A group may hold ``"layouts"``, one
+            :class:`~lightning_muon.partition.MatrixLayout` a parameter; without it all parameters must be 2-D. See
+            :meth:`HybridOptimizer.from_module` for modules.
+        defaults: default values of the group options: ``lr`` and ``weight_decay``, and the rule's own.
+        lr_scale: shape scale for m rows (fan-out) and n columns (fan-in): ``"match_rms_adamw"``
+            :math:`0.2\sqrt{\max(m, n)}`, with which AdamW's learning rates carry over (arXiv 2502.16982);
+            ``"original"`` :math:`\sqrt{\max(1, m/n)}`; ``"spectral"`` :math:`\sqrt{m/n}`; ``"none"`` 1.
+        cautious: decay only the entries of W that the update also moves towards zero (arXiv 2510.12402).
+        state_dtype: dtype of the state, e.g. ``"float32"`` or ``torch.bfloat16``; None for each parameter's own.
+            float64 parameters always keep float64 state.
+        nonfinite: what a gradient with NaN or infinity does: ``"propagate"`` as in ``torch.optim``; ``"skip"`` leaves
+            that parameter and its state alone; ``"raise"`` raises ``FloatingPointError`` before anything changes. The
+            last two wait for the device once a step.
+
+    Raises:
+        ValueError: for an option out of range, and for a parameter that cannot be read as matrices.
+        TypeError: for a parameter that is not a floating-point tensor, or is sharded (``DTensor``).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        lr_scale: LRScale = "match_rms_adamw",
+        cautious: bool = False,
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        self._layouts: dict[Tensor, MatrixLayout] = {}
+        self._stacks: list[list[MatrixStack]] = []
+        self._signatures: list[list[tuple[int, torch.dtype, torch.device]]] = []
+        self._observers: OrderedDict[int, UpdateObserver] = OrderedDict()
+        shared = {"lr_scale": lr_scale, "cautious": cautious, "state_dtype": state_dtype, "nonfinite": nonfinite}
+        super().__init__(params, {**defaults, **shared})
+
+    def init_state(self, stack: Tensor) -> dict[str, Tensor]:
+        """State of a stack before its first step.
+
+        Args:
+            stack: the weights (B, m, n), in the state's dtype; a copy.
+
+        Returns:
+            Tensors of shape (B, ...): (B, m, n) for elementwise state, (B,) for a scalar a matrix.
+        """
+        raise NotImplementedError
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """The rule: the direction D (B, m, n) that the step subtracts, before learning rate and shape scale.
+
+        Args:
+            grad: gradients (B, m, n) in the state's dtype; a copy that may be overwritten.
+            state: what :meth:`init_state` returned, to be updated in place.
+            group: the options of the param group.
+        """
+        raise NotImplementedError
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ``ValueError`` for options of a param group that are out of range. Rules extend it for their own."""
+        _check_non_negative(group, "lr")
+        _check_non_negative(group, "weight_decay")
+        _check_choice(group, "lr_scale", tuple(_SCALES))
+        _check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
+        group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in ``torch.optim``; ``"layouts"`` may hold one layout a parameter."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        param_group = dict(param_group)
+        layouts = param_group.pop("layouts", None)
+        super().add_param_group(param_group)
+        try:
+            self._adopt(self.param_groups[-1], layouts)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; run first, with gradients enabled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refresh_stacks()
+        nonfinite = self._nonfinite_parameters()
+        updates: dict[Tensor, dict[int, Tensor]] = {}
+        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
+            for stack in stacks:
+                self._step_stack(stack, group, nonfinite, updates)
+        return loss
+
+    def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
+        """Call ``observer(name, update)`` at each step, for each parameter that moves.
+
+        The update is scale times direction in the parameter's shape: what the step subtracts, before learning rate and
+        weight decay. It is the observer's to keep.
+
+        Returns:
+            A handle whose ``remove()`` ends it. Without observers nothing is computed for them.
+        """
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    def momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        r"""Exponential moving average :math:`M \leftarrow \mu M + (1-\mu) G`, with Nesterov's look-ahead if the group
+        has it.
+
+        Uses ``state["momentum_buffer"]`` and overwrites ``grad``. The result must not be modified: without
+        ``nesterov`` it is the buffer.
+        """
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - group["momentum"])
+        return grad.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as in ``torch.optim``, but keep the precision in which the state was saved."""
+        super().load_state_dict(state_dict)
+        restore_precision(self, state_dict, self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layouts": self._layouts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stacks, self._signatures = [], []
+        self.__dict__.setdefault("_observers", OrderedDict())
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def _adopt(self, group: dict[str, Any], layouts: Sequence[MatrixLayout | None] | None) -> None:
+        self.check_group(group)
+        parameters = group["params"]
+        names = _names(group)
+        if layouts is None:
+            layouts = [None] * len(parameters)
+        if len(layouts) != len(parameters):
+            raise ValueError(f"A group of {len(parameters)} parameters needs as many layouts, got {len(layouts)}.")
+        checked = [
+            _check_parameter(parameter, name, layout)
+            for parameter, name, layout in zip(parameters, names, layouts, strict=True)
+        ]
+        self._layouts.update(zip(parameters, checked, strict=True))
+
+    def _refresh_stacks(self) -> None:
+        """Stacks for the parameters that take part now, bound to ``self.state``; built anew only where something
+        changed.
+        """
+        del self._stacks[len(self.param_groups) :], self._signatures[len(self.param_groups) :]
+        for index, group in enumerate(self.param_groups):
+            active = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+            signature = [(id(p), p.dtype, p.device) for p in active]
+            if index == len(self._stacks):
+                self._stacks.append([])
+                self._signatures.append([])
+            if signature != self._signatures[index]:
+                name_of = dict(zip(group["params"], _names(group), strict=True))
+                self._stacks[index] = build_stacks(
+                    active,
+                    [name_of[p] for p in active],
+                    [self._layouts[p] for p in active],
+                    None if group["state_dtype"] is None else getattr(torch, group["state_dtype"]),
+                )
+                self._signatures[index] = signature
+            for stack in self._stacks[index]:
+                stack.bind(self.state, self.init_state)
+
+    def _nonfinite_parameters(self) -> set[Tensor]:
+        """Parameters whose gradient must not be used."""
+        watched = [
+            (parameter, name, group["nonfinite"])
+            for group in self.param_groups
+            if group["nonfinite"] != "propagate"
+            for parameter, name in zip(group["params"], _names(group), strict=True)
+            if parameter.grad is not None
+        ]
+        if not watched:
+            return set()
+        finite = torch.stack([parameter.grad.isfinite().all().to(watched[0][0].device) for parameter, *_ in watched])
+        bad = [entry for entry, ok in zip(watched, finite.tolist(), strict=True) if not ok]
+        raising = [name for _, name, policy in bad if policy == "raise"]
+        if raising:
+            raise FloatingPointError(
+                f"NaN or infinity in the gradient of {', '.join(raising)}. Lower the learning rate, clip by norm, "
+                "or set "
+                "nonfinite='skip' to leave such parameters out of the step."
+            )
+        return {parameter for parameter, *_ in bad}
+
+    def _step_stack(
+        self,
+        stack: MatrixStack,
+        group: dict[str, Any],
+        nonfinite: set[Tensor],
+        updates: dict[Tensor, dict[int, Tensor]],
+    ) -> None:
+        members = [m for m in stack.members if m.parameter.grad is not None and m.parameter not in nonfinite]
+        if not members:
+            return
+        grads = stack.gather(members, [_dense_grad(member) for member in members])
+        if len(members) == len(stack.members):
+            direction = self.direction(grads, stack.state, group)
+        else:
+            state, index = stack.take(members)
+            direction = self.direction(grads, state, group)
+            stack.put(index, state)
+        self._apply(members, direction, group, updates)
+
+    def _apply(
+        self,
+        members: list[StackMember],
+        direction: Tensor,
+        group: dict[str, Any],
+        updates: dict[Tensor, dict[int, Tensor]],
+    ) -> None:
+        """Subtract the updates of the members of a stack from their parameters."""
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        scale = _SCALES[group["lr_scale"]](direction.shape[-2], direction.shape[-1])
+        targets = [member.target(member.parameter) for member in members]
+        parts = _split_like(direction.to(targets[0].dtype), members, targets)
+        if self._observers:
+            self._observe(members, parts, scale, updates)
+        if weight_decay != 0:
+            _decay(targets, parts, lr * weight_decay, group["cautious"])
+        _subtract(targets, parts, lr * scale)
+
+    def _observe(
+        self, members: list[StackMember], parts: list[Tensor], scale: float, updates: dict[Tensor, dict[int, Tensor]]
+    ) -> None:
+        """Hand each finished parameter to the observers; parameters spread over several stacks wait for their last
+        block.
+        """
+        for member, part in zip(members, parts, strict=True):
+            blocks = updates.setdefault(member.parameter, {})
+            blocks[member.view] = part * scale
+            if len(blocks) < member.views:
+                continue
+            if member.plain:
+                update = blocks[0]
+            else:
+                ordered = [blocks[view] for view in range(member.views)]
+                update = member.layout.write(ordered, member.parameter.shape)
+            for observer in list(self._observers.values()):
+                observer(member.name, update)
+
+
+def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
+    """``"float32"`` for ``torch.float32``, ``"float32"`` or ``"torch.float32"``; param groups hold plain strings.
+
+    Raises:
+        ValueError: if it is no floating-point dtype.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{argument} must be a floating-point dtype such as 'float32', or None, got {dtype!r}.")
+    return name
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    names = group.get("param_names")
+    if names is not None:
+        return list(names)
+    return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
+
+
+def _check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
+    if isinstance(parameter, DTensor):
+        raise TypeError(
+            f"{name!r} is a DTensor (FSDP2 or ModelParallelStrategy): matrix optimizers need whole matrices. Use "
+            "DDP or a single "
+            "device, or an elementwise optimizer such as torch.optim.AdamW for it."
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"{name!r} is {parameter.dtype}: matrix optimizers take floating-point parameters. Send it to another "
+            "optimizer."
+        )
+    if layout is None:
+        if parameter.ndim != 2:
+            raise ValueError(
+                f"{name!r} has shape {tuple(parameter.shape)}, which is not a matrix. Send vectors and tables to "
+                "another optimizer, "
+                "e.g. by HybridOptimizer.from_module; for convolutions or experts give the group 'layouts'."
+            )
+        return MatrixLayout()
+    try:
+        layout.check(parameter.shape)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+    return layout
+
+
+def _check_non_negative(group: dict[str, Any], key: str) -> None:
+    value = group[key]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"A tensor {key} must have one element, got shape {tuple(value.shape)}.")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+        raise ValueError(f"{key} must be a finite number of 0 or more, got {value!r}.")
+
+
+def _check_choice(group: dict[str, Any], key: str, choices: tuple[str, ...]) -> None:
+    if group[key] not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {group[key]!r}.")
+
+
+def _dense_grad(member: StackMember) -> Tensor:
+    grad = member.parameter.grad
+    assert grad is not None  # only called for members with a gradient
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"The gradient of {member.name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False "
+            "in the "
+            "module that made it, or torch.optim.SparseAdam for this parameter."
+        )
+    return grad
+
+
+def _split_like(direction: Tensor, members: list[StackMember], targets: list[Tensor]) -> list[Tensor]:
+    """(B, m, n) cut into one tensor a member, of its target's shape."""
+    if all(member.plain for member in members):
+        return list(direction.unbind(0))
+    parts = torch.split(direction, [member.stop - member.start for member in members])
+    return [part.reshape(target.shape) for part, target in zip(parts, targets, strict=True)]
+
+
+def _decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor, cautious: bool) -> None:
+    """Shrink the targets by ``amount``; if cautious, only entries that the update shrinks too (or leaves alone)."""
+    if cautious:
+        for target, update in zip(targets, updates, strict=True):
+            target.mul_(1 - amount * (update * target >= 0))
+    elif targets[0].is_cuda:
+        torch._foreach_mul_(targets, 1 - amount)
+    else:
+        # On a CPU the foreach form copies each target, and a Python number is converted anew for each.
+        factor = torch.as_tensor(1 - amount, dtype=torch.promote_types(targets[0].dtype, torch.float32))
+        for target in targets:
+            target.mul_(factor)
+
+
+def _subtract(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor) -> None:
+    if isinstance(amount, Tensor):
+        torch._foreach_sub_(targets, torch._foreach_mul(updates, amount.to(targets[0].device, targets[0].dtype)))
+    else:
+        torch._foreach_add_(targets, updates, alpha=-amount)

@@ -1,0 +1,101 @@
+"""Muon: momentum, orthogonalized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_muon.linalg import OrthogonalizationMethod, orthogonalize
+from lightning_muon.linalg.orthogonalize import check_orthogonalization
+from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite, dtype_name
+
+
+class Muon(MatrixOptimizer):
+    r"""Muon: the polar factor of the momentum, so that every direction of a matrix moves at the same rate.
+
+    .. math::
+        M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
+        \tilde M_t &= \mu M_t + (1 - \mu)\, G_t \quad\text{with nesterov, else}\quad M_t \\
+        O_t &= \operatorname{orthogonalize}(\tilde M_t) \approx U V^\top \quad\text{of}\quad \tilde M_t = U \Sigma
+        V^\top \\
+        W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n)\, O_t
+
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon; weight decay and the default scale from Moonlight,
+    arXiv 2502.16982. With ``lr_scale="original"`` or ``"match_rms_adamw"`` it is ``torch.optim.Muon`` with the same
+    ``adjust_lr_fn``, batched, for convolutions, fused projections and experts too.
+
+    Args:
+        params: parameters or param groups; see :class:`MatrixOptimizer`.
+        lr: learning rate :math:`\eta`.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        momentum: :math:`\mu`, from 0 to below 1.
+        nesterov: look one step ahead.
+        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the method's own.
+        lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`. With ``"match_rms_adamw"`` the entries of
+            the update have root mean square 0.2, AdamW's usual size.
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
+        state_dtype: dtype of the momentum; None for each parameter's own.
+        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+
+    State: ``momentum_buffer``, one element per weight.
+
+    Raises:
+        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+
+    Example::
+
+        optimizer = Muon(block.linear.parameters(), lr=1e-3)
+        optimizer = HybridOptimizer.from_module(model, matrix=partial(Muon, lr=1e-3))
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        method: OrthogonalizationMethod = "jordan",
+        steps: int | None = None,
+        lr_scale: LRScale = "match_rms_adamw",
+        cautious: bool = False,
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "method": method,
+            "steps": steps,
+            "orthogonalize_dtype": orthogonalize_dtype,
+        }
+        super().__init__(
+            params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"momentum must be from 0 to below 1, got {group['momentum']!r}.")
+        group["orthogonalize_dtype"] = dtype_name(group["orthogonalize_dtype"], "orthogonalize_dtype")
+        check_orthogonalization(group["method"], group["steps"], None)
+
+    def init_state(self, stack: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(stack)}
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        name = group["orthogonalize_dtype"]
+        return orthogonalize(
+            self.momentum(grad, state, group),
+            group["method"],
+            group["steps"],
+            None if name is None else getattr(torch, name),
+        )

@@ -1,0 +1,213 @@
+"""Same-shaped matrices of a param group as one (B, m, n) tensor, with the optimizer state that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muon.partition import MatrixLayout
+
+MAX_STACK_ELEMENTS = 2**26
+"""Matrices are stacked up to this many elements, which bounds temporary memory; a larger matrix is a stack of its own."""
+
+MAX_STACK_ELEMENTS_CPU = 2**19
+"""The same on a CPU: longer stacks gain nothing there, and leave the caches."""
+
+
+@dataclass
+class StackMember:
+    """The matrices ``start:stop`` of a stack: one view of one parameter.
+
+    Args:
+        parameter: the parameter.
+        name: its name, for errors and observers.
+        layout: how it is read as matrices.
+        view: which of the layout's views this is.
+        views: how many views the layout has; more than one where fused blocks differ in size.
+    """
+
+    parameter: Tensor
+    name: str
+    layout: MatrixLayout
+    view: int
+    views: int
+    start: int = 0
+    stop: int = 0
+    plain: bool = field(init=False)
+    bound: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.plain = self.layout == MatrixLayout() and self.parameter.ndim == 2
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """(b, m, n) of a parameter-shaped tensor; a view where strides allow."""
+        if self.plain:
+            return tensor.unsqueeze(0)
+        view = self.layout.views(tensor)[self.view]
+        return view.tensor.reshape(view.shape)
+
+    def target(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter-shaped tensor that this member covers, as a view that can be written to."""
+        return tensor if self.plain else self.layout.views(tensor)[self.view].tensor
+
+    def state_key(self, key: str) -> str:
+        """Name of a state entry of the parameter: numbered by block where several stacks hold parts of it."""
+        return key if self.views == 1 else f"{key}.{self.view}"
+
+    def state_view(self, tensor: Tensor, elementwise: bool) -> Tensor:
+        """The part of a stack's state that belongs to this parameter: of the parameter's shape if that can be a
+        view.
+        """
+        part = tensor[self.start : self.stop]
+        if not elementwise:
+            return part
+        if self.plain:
+            return part[0]
+        shaped = _as_parameter(part, self.parameter.shape, self.layout) if self.views == 1 else None
+        return part if shaped is None else shaped
+
+
+class MatrixStack:
+    """Matrices that one call of a rule works on, and their state.
+
+    State lives in tensors of the whole stack; ``optimizer.state[parameter]`` holds views of them, so that nothing is
+    copied between the two forms. Where somebody put other tensors there (a checkpoint was loaded), they are copied in.
+
+    Args:
+        members: views of parameters.
+        shape: (m, n).
+        dtype: of the state and of the gathered gradients.
+    """
+
+    def __init__(self, members: Sequence[StackMember], shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.members = list(members)
+        self.shape = shape
+        self.dtype = dtype
+        self.state: dict[str, Tensor] = {}
+        self.plain = all(member.plain for member in self.members)
+        self.size = 0
+        for member in self.members:
+            count = member.layout.matrix_shapes(member.parameter.shape)[member.view][0]
+            member.start, member.stop = self.size, self.size + count
+            self.size += count
+
+    def gather(self, members: Sequence[StackMember], tensors: Sequence[Tensor]) -> Tensor:
+        """A new (B, m, n) tensor, in this stack's dtype, from parameter-shaped tensors of some members."""
+        if self.plain:
+            return torch.stack(list(tensors)).to(self.dtype)
+        parts = [member.matrices(tensor) for member, tensor in zip(members, tensors, strict=True)]
+        return torch.cat(parts).to(self.dtype)
+
+    def bind(
+        self, optimizer_state: MutableMapping[Tensor, dict[str, Any]], init_state: Callable[[Tensor], dict[str, Tensor]]
+    ) -> None:
+        """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds."""
+        if not self.state:
+            weights = self.gather(self.members, [member.parameter for member in self.members])
+            self.state = init_state(weights)
+            for key, tensor in self.state.items():
+                if tensor.shape[:1] != (self.size,):
+                    raise ValueError(
+                        f"init_state must return tensors of shape (B, ...) with B = {self.size} here; {key!r} has "
+                        "shape "
+                        f"{tuple(tensor.shape)}."
+                    )
+        for member in self.members:
+            saved = optimizer_state[member.parameter]
+            for key, tensor in self.state.items():
+                name = member.state_key(key)
+                current = saved.get(name)
+                if current is not None and current is member.bound.get(key):
+                    continue
+                view = member.state_view(tensor, elementwise=tensor.shape == (self.size, *self.shape))
+                if current is not None:
+                    _copy_saved(view, current, member.name, name)
+                saved[name] = member.bound[key] = view
+
+    def take(self, members: Sequence[StackMember]) -> tuple[dict[str, Tensor], Tensor]:
+        """Copies of the state of some members, and their indices in the stack."""
+        index = torch.cat([torch.arange(member.start, member.stop) for member in members])
+        device_index = index.to(self.members[0].parameter.device)
+        return {key: tensor[device_index.to(tensor.device)] for key, tensor in self.state.items()}, device_index
+
+    def put(self, index: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Write back what :meth:`take` copied."""
+        for key, tensor in state.items():
+            self.state[key].index_copy_(0, index.to(tensor.device), tensor)
+
+
+def build_stacks(
+    parameters: Sequence[Tensor],
+    names: Sequence[str],
+    layouts: Sequence[MatrixLayout],
+    state_dtype: torch.dtype | None,
+) -> list[MatrixStack]:
+    """Sort the matrices of a param group into stacks by shape, dtype and device.
+
+    Args:
+        parameters: tensors of at least two dimensions.
+        names: one a parameter.
+        layouts: one a parameter.
+        state_dtype: of the state; None for each parameter's own. float64 parameters keep float64 state.
+    """
+    members: dict[tuple[int, int, torch.dtype, torch.device], list[StackMember]] = {}
+    for parameter, name, layout in zip(parameters, names, layouts, strict=True):
+        if parameter.numel() == 0:
+            continue
+        shapes = layout.matrix_shapes(parameter.shape)
+        for view, (_, m, n) in enumerate(shapes):
+            member = StackMember(parameter, name, layout, view, len(shapes))
+            members.setdefault((m, n, parameter.dtype, parameter.device), []).append(member)
+    stacks = []
+    for (m, n, dtype, _), same in members.items():
+        stack_dtype = torch.float64 if dtype == torch.float64 else (state_dtype or dtype)
+        stacks.extend(MatrixStack(chunk, (m, n), stack_dtype) for chunk in _chunks(same))
+    return stacks
+
+
+def _chunks(members: list[StackMember]) -> list[list[StackMember]]:
+    on_cpu = members[0].parameter.device.type == "cpu"
+    limit = MAX_STACK_ELEMENTS_CPU if on_cpu else MAX_STACK_ELEMENTS
+    chunks: list[list[StackMember]] = [[]]
+    elements = 0
+    for member in members:
+        if chunks[-1] and elements + member.parameter.numel() > limit:
+            chunks.append([])
+            elements = 0
+        chunks[-1].append(member)
+        elements += member.parameter.numel()
+    return chunks
+
+
+def _as_parameter(part: Tensor, shape: torch.Size, layout: MatrixLayout) -> Tensor | None:
+    """View (b, m, n) matrices in the parameter's own shape, or None where no strides can (interleaved blocks)."""
+    view = layout.views(torch.empty(shape, device="meta"))[0]
+    matrices = part.as_strided(part.shape, part.stride(), part.storage_offset())
+    batch, rows = view.batch_dims, view.batch_dims + view.row_dims
+    sizes = view.tensor.shape
+    for dim, dims in ((2, sizes[rows:]), (1, sizes[batch:rows]), (0, sizes[:batch])):
+        matrices = torch.unflatten(matrices, dim, tuple(dims)) if dims else matrices.squeeze(dim)
+    pieces = sorted(zip(view.tensor.stride(), sizes, matrices.stride(), strict=True))
+    strides = []
+    for size, first in zip(shape, torch.empty(shape, device="meta").stride(), strict=True):
+        inside = [piece for piece in pieces if piece[1] > 1 and first <= piece[0] < first * size]
+        for inner, outer in pairwise(inside):
+            if outer[2] != inner[2] * inner[1]:
+                return None
+        strides.append(inside[0][2] if inside else 1)
+    return part.as_strided(shape, strides, part.storage_offset())
+
+
+def _copy_saved(view: Tensor, saved: Any, parameter: str, key: str) -> None:
+    if not isinstance(saved, Tensor) or saved.shape != view.shape:
+        found = f"a tensor of shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else f"{type(saved).__name__}"
+        raise ValueError(
+            f"The optimizer state {key!r} of {parameter!r} is {found}, but this model and layout need shape "
+            f"{tuple(view.shape)}. The checkpoint belongs to another model, partition or rule."
+        )
+    view.copy_(saved)

@@ -1,0 +1,15 @@
+"""Which parameter of a module goes to which optimizer, and why."""
+
+from lightning_muon.partition.classify import partition_parameters
+from lightning_muon.partition.roles import Group, MatrixLayout, ParameterAssignment, Partition, Role
+from lightning_muon.partition.rules import ParameterRule
+
+__all__ = [
+    "Group",
+    "MatrixLayout",
+    "ParameterAssignment",
+    "ParameterRule",
+    "Partition",
+    "Role",
+    "partition_parameters",
+]

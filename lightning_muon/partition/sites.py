@@ -1,0 +1,103 @@
+"""Where the parameters of a module sit: every name of every parameter, with the module that gives it its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.optim.swa_utils import AveragedModel
+
+_WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPER_TYPES = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+_FABRIC_NAMES = {"_forward_module", "_original_module"}
+_ADAPTER_NAMES = {"base_layer", "original_module", "modules_to_save"}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place where a parameter is registered; a shared parameter has several.
+
+    Args:
+        parameter: the parameter.
+        name: its full name, without the prefixes that wrappers add.
+        owner: the module whose type says what the parameter is: under a parametrization the parametrized module.
+        path: names of the owner and of the modules around it, outermost first, without wrappers; empty for the root.
+        parents: the modules around the owner, outermost first, one for each name in ``path``.
+        local: what the owner calls the tensor, e.g. ``"weight"`` also where it is stored as ``weight_v``.
+        part: which part of a weight-normalised tensor this is; empty for a tensor that is stored as it is.
+    """
+
+    parameter: nn.Parameter
+    name: str
+    owner: nn.Module
+    path: tuple[str, ...]
+    parents: tuple[nn.Module, ...]
+    local: str
+    part: Literal["", "direction", "magnitude"] = ""
+
+    @property
+    def owner_name(self) -> str:
+        """What its parent calls the owner, looking through the layers that adapters such as peft put around it."""
+        return self._outside_adapters()[0]
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The module around the owner and its adapters; None at the root."""
+        return self._outside_adapters()[1]
+
+    def _outside_adapters(self) -> tuple[str, nn.Module | None]:
+        for depth in range(len(self.path) - 1, -1, -1):
+            inside_dict = depth > 0 and self.path[depth - 1] in _ADAPTER_NAMES
+            if self.path[depth] not in _ADAPTER_NAMES and not inside_dict:
+                return self.path[depth], self.parents[depth]
+        return "", None
+
+
+def walk(module: nn.Module) -> list[Site]:
+    """All sites of a module's parameters, in the order of ``module.named_parameters(remove_duplicate=False)``."""
+    return list(_visit(module, (), ()))
+
+
+def _visit(module: nn.Module, path: tuple[str, ...], parents: tuple[nn.Module, ...]) -> Iterator[Site]:
+    for tensor_name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield _site(module, tensor_name, parameter, path, parents)
+    for child_name, child in module._modules.items():
+        if child is None:
+            continue
+        if _is_wrapper(module, child_name):
+            yield from _visit(child, path, parents)
+        else:
+            yield from _visit(child, (*path, child_name), (*parents, module))
+
+
+def _is_wrapper(module: nn.Module, child_name: str) -> bool:
+    """Whether the module only wraps this child, so that the user never wrote the child's name."""
+    if child_name in _WRAPPER_NAMES:
+        return True
+    if child_name == "module":
+        return isinstance(module, _WRAPPER_TYPES)
+    return child_name in _FABRIC_NAMES and type(module).__name__.endswith("_FabricModule")
+
+
+def _site(
+    module: nn.Module, tensor_name: str, parameter: nn.Parameter, path: tuple[str, ...], parents: tuple[nn.Module, ...]
+) -> Site:
+    name = ".".join((*path, tensor_name))
+    if isinstance(module, parametrize.ParametrizationList):
+        # <owner>.parametrizations.<tensor>.original*: the owner is two levels up.
+        owner, local = parents[-2], path[-1]
+        part: Literal["", "direction", "magnitude"] = ""
+        if any(isinstance(parametrization, _WeightNorm) for parametrization in module):
+            part = "magnitude" if tensor_name == "original0" else "direction"
+        return Site(parameter, name, owner, path[:-2], parents[:-2], local, part)
+    for suffix, part in (("_g", "magnitude"), ("_v", "direction")):
+        stem = tensor_name.removesuffix(suffix)
+        if stem != tensor_name and {f"{stem}_g", f"{stem}_v"} <= module._parameters.keys():
+            return Site(parameter, name, module, path, parents, stem, part)
+    # The older spectral norm and pruning keep the weight as weight_orig.
+    return Site(parameter, name, module, path, parents, tensor_name.removesuffix("_orig"))

@@ -1,0 +1,33 @@
+"""Every test runs on one thread, from the same seed, in full float32."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Same random numbers whichever tests run before; what a test switches globally does not leak into the next."""
+    random.seed(0)
+    torch.manual_seed(0)
+    threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator of the test's own."""
+    return torch.Generator().manual_seed(1234)

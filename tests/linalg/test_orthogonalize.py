@@ -1,0 +1,334 @@
+"""orthogonalize(): singular values promised, scale, symmetry, batches, degenerate input, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning_muon.linalg import orthogonalize
+from tests.optim import reference
+from torch import Tensor
+
+# Range of the composed polynomial over singular values of X / ||X||_F from `lowest` to 1, by dense sampling in float64.
+RANGES = {
+    ("jordan", 1e-2): (0.682, 1.134),
+    ("jordan", 3e-3): (0.682, 1.202),
+    ("you", 1e-2): (0.978, 1.032),
+    ("you", 3e-3): (0.978, 1.145),
+    ("polar_express", 1e-2): (0.876, 1.124),
+    ("polar_express", 3e-3): (0.876, 1.124),
+    ("cans", 1e-2): (0.867, 1.113),
+    ("cans", 3e-3): (0.867, 1.113),
+    ("deepseek", 1e-2): (1.000, 1.001),
+    ("deepseek", 3e-3): (1.000, 1.001),
+    ("simple", 1e-2): (1.000, 1.000),
+    ("simple", 3e-3): (1.000, 1.000),
+    ("cubic", 1e-2): (0.774, 1.300),
+    ("cubic", 3e-3): (0.353, 1.300),
+    ("svd", 1e-2): (1.0, 1.0),
+    ("svd", 3e-3): (1.0, 1.0),
+}
+SHAPES = [(8, 128), (16, 64), (32, 32), (64, 16), (128, 8)]
+# Beyond the three printed digits of the ranges: rounding of the products.
+TOLERANCE = {torch.float64: 6e-4, torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+def matrix_with_spectrum(m: int, n: int, singular_values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, U, V) in float64 with X = U diag(singular_values) V^T."""
+    rank = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q
+    return u @ torch.diag(singular_values.double()) @ v.T, u, v
+
+
+def spectrum_down_to(lowest: float, count: int) -> Tensor:
+    """Log-spaced singular values of Frobenius norm 1 whose smallest is ``lowest``."""
+    ratio = lowest
+    for _ in range(60):
+        values = torch.logspace(math.log10(ratio), 0, count, dtype=torch.float64)
+        ratio = lowest * float(values.norm())
+    return values / values.norm()
+
+
+@pytest.mark.parametrize(("method", "lowest"), RANGES)
+def test_reference_ranges(method: str, lowest: float) -> None:
+    """The tables of the tests themselves: the scalar polynomials have the ranges written above."""
+    if method == "svd":
+        pytest.skip("no polynomial")
+    sigma = torch.logspace(math.log10(lowest), 0, 20_001, dtype=torch.float64)
+    sigma = sigma / reference.SAFETY.get(method, 1.0)
+    for a, b, c in reference.polynomials(method):
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    low, high = RANGES[method, lowest]
+    assert sigma.min() == pytest.approx(low, abs=1e-3)
+    assert sigma.max() == pytest.approx(high, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("method", "lowest"), RANGES)
+def test_singular_values_lie_in_the_promised_range(
+    method: str, lowest: float, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    if dtype == torch.bfloat16 and lowest < 1e-2:
+        pytest.skip("bfloat16 rounds singular values below 0.004 of the largest")
+    x, _, _ = matrix_with_spectrum(*shape, spectrum_down_to(lowest, min(shape)), generator)
+    out = orthogonalize(x.to(dtype), method=method, dtype=dtype)
+    assert out.dtype == dtype
+    values = torch.linalg.svdvals(out.double())
+    low, high = RANGES[method, lowest]
+    assert values.min() >= low - TOLERANCE[dtype]
+    assert values.max() <= high + TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_singular_vectors_are_kept_and_values_follow_the_polynomial(
+    method: str, shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    values = spectrum_down_to(1e-3, min(shape))
+    x, u, v = matrix_with_spectrum(*shape, values, generator)
+    expected = values.clone()
+    if method == "svd":
+        expected = torch.ones_like(values)
+    else:
+        expected = values / reference.SAFETY.get(method, 1.0)
+        for a, b, c in reference.polynomials(method):
+            expected = a * expected + b * expected**3 + c * expected**5
+    out = orthogonalize(x, method=method, dtype=torch.float64)
+    torch.testing.assert_close(out, u @ torch.diag(expected) @ v.T, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 7, 14])
+@pytest.mark.parametrize("method", reference.ITERATIVE_METHODS)
+def test_steps_truncate_or_repeat_the_last_polynomial(method: str, steps: int) -> None:
+    x = torch.randn(7, 12, dtype=torch.float64)
+    out = orthogonalize(x, method=method, steps=steps, dtype=torch.float64)
+    torch.testing.assert_close(out, reference.orthogonalize(x, method, steps), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e-5, 1e5, 1e15, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_scale_of_the_input_does_not_matter(method: str, dtype: torch.dtype, scale: float) -> None:
+    x = torch.randn(2, 12, 20)
+    plain = orthogonalize(x, method=method, dtype=dtype)
+    scaled = orthogonalize(x * scale, method=method, dtype=dtype)
+    # In bfloat16 the entries of the normalized matrix may round to the neighbour.
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("exponent", [-90, -40, 40, 90])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_powers_of_two_change_no_bit(method: str, exponent: int) -> None:
+    x = torch.randn(3, 12, 20)
+    assert torch.equal(orthogonalize(x * 2.0**exponent, method), orthogonalize(x, method))
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e4])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_float16_input_of_any_size(method: str, scale: float) -> None:
+    """Fault 5: a finite large half-precision gradient overflows where it is squared before it is normalized."""
+    x = (torch.randn(12, 20) * scale).half()
+    out = orthogonalize(x, method=method, dtype=torch.float32)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.double(), reference.orthogonalize(x, method), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (2, 3, 4, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_zero_stays_zero(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Fault 1."""
+    out = orthogonalize(torch.zeros(shape, dtype=dtype), method=method)
+    assert out.shape == shape
+    assert torch.equal(out, torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 40), (16, 16), (40, 6)])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_rank_one_stays_rank_one(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Fault 6: nothing grows in the null space, and the one singular value is where the polynomial puts 1."""
+    m, n = shape
+    x = torch.outer(torch.randn(m), torch.randn(n))
+    values = torch.linalg.svdvals(orthogonalize(x, method=method, dtype=dtype).double())
+    low, high = RANGES[method, 1e-2]
+    noise = 1e-3 if dtype == torch.float32 else 0.1
+    assert low - noise <= values[0] <= high + noise
+    # What is left elsewhere is the rounding error of x, times the polynomials' slope at zero (up to 8e4 for deepseek).
+    if dtype == torch.float32:
+        limit = 0.05 if method == "deepseek" else 1e-3
+        assert values[1:].max() < limit
+    else:
+        assert values[1:].max() < 1.4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_spectrum_down_to_a_millionth_stays_bounded(
+    method: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Fault 6."""
+    x, _, _ = matrix_with_spectrum(*shape, torch.logspace(-6, 0, min(shape), dtype=torch.float64), generator)
+    values = torch.linalg.svdvals(orthogonalize(x.float(), method=method, dtype=dtype).double())
+    assert values.max() < 1.5
+
+
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_rank_deficient_keeps_its_null_space(method: str) -> None:
+    left, right = torch.randn(12, 3, dtype=torch.float64), torch.randn(3, 20, dtype=torch.float64)
+    x = left @ right
+    out = orthogonalize(x, method=method, dtype=torch.float64)
+    torch.testing.assert_close(out, reference.orthogonalize(x, method), rtol=0, atol=1e-8)
+    assert torch.linalg.matrix_rank(out, rtol=1e-6) == 3
+
+
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_orthogonal_equivariance(method: str) -> None:
+    x = torch.randn(6, 10, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    p = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
+    rotated = orthogonalize(q @ x @ p.T, method=method, dtype=torch.float64)
+    straight = orthogonalize(x, method=method, dtype=torch.float64)
+    torch.testing.assert_close(rotated, q @ straight @ p.T, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_transpose_and_sign(method: str) -> None:
+    x = torch.randn(6, 10)
+    out = orthogonalize(x, method=method, dtype=torch.float32)
+    torch.testing.assert_close(orthogonalize(x.T, method=method, dtype=torch.float32), out.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(orthogonalize(-x, method=method, dtype=torch.float32), -out, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_never_points_against_the_matrix(method: str) -> None:
+    """A polynomial that is negative somewhere in (0, 1] would turn the step into ascent along the top direction."""
+    for top in (0.3, 0.6, 0.88, 0.9, 0.95, 0.99, 0.9999):
+        rest = math.sqrt((1 - top**2) / 7)
+        x, u, v = matrix_with_spectrum(8, 24, torch.tensor([top] + [rest] * 7), torch.Generator().manual_seed(0))
+        aligned = (u.T @ orthogonalize(x, method=method, dtype=torch.float64) @ v).diagonal()
+        assert aligned.min() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_batch_equals_one_at_a_time(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Fault 27: neighbours of other sizes in a batch leave no trace."""
+    scales = torch.tensor([1e-20, 1.0, 1e20, 1e-3, 0.0, 7.0]).view(2, 3, 1, 1)
+    x = torch.randn(2, 3, *shape) * scales
+    together = orthogonalize(x, method=method, dtype=dtype)
+    assert together.shape == x.shape
+    for i in range(2):
+        for j in range(3):
+            alone = orthogonalize(x[i, j], method=method, dtype=dtype)
+            torch.testing.assert_close(together[i, j], alone, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_nonfinite_stays_in_its_matrix(method: str, bad: float) -> None:
+    x = torch.randn(4, 6, 9)
+    clean = orthogonalize(x, method=method, dtype=torch.float32)
+    x[2, 3, 1] = bad
+    out = orthogonalize(x, method=method, dtype=torch.float32)
+    assert out[2].isnan().any()
+    for k in (0, 1, 3):
+        torch.testing.assert_close(out[k], clean[k], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 6, 6)])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_input_is_not_modified(method: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Fault 7: ``.bfloat16()`` of a bfloat16 tensor is that tensor."""
+    x = torch.randn(shape).to(dtype)
+    before, version = x.clone(), x._version
+    out = orthogonalize(x, method=method, dtype=dtype)
+    assert torch.equal(x, before)
+    assert x._version == version
+    assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_strides_do_not_matter(method: str) -> None:
+    base = torch.randn(3, 20, 24)
+    for view in (base.mT, base[:, ::2, ::3], base[:, 3], base[:, :5].expand(3, 5, 24), torch.randn(1, 9).expand(4, 9)):
+        torch.testing.assert_close(
+            orthogonalize(view, method=method, dtype=torch.float32),
+            orthogonalize(view.contiguous(), method=method, dtype=torch.float32),
+            rtol=0,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6), (4, 0, 6), (4, 5, 0), (0, 0), (0, 7)])
+def test_empty_input(shape: tuple[int, ...]) -> None:
+    for method in reference.METHODS:
+        assert orthogonalize(torch.empty(shape), method=method).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (5, 1, 7)])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_a_vector_becomes_its_direction(method: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    out = orthogonalize(x, method=method, dtype=torch.float64)
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    length = torch.linalg.matrix_norm(out, keepdim=True)
+    torch.testing.assert_close(out / length, x / norm, rtol=0, atol=1e-10)
+    low, high = RANGES[method, 1e-2]
+    assert low - 1e-2 <= length.min() and length.max() <= high + 1e-2
+
+
+def test_default_dtype_keeps_the_input_dtype_and_is_right() -> None:
+    """Fault 35: the default on this device is some fast dtype, never one that loses the answer."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(16, 24).to(dtype)
+        out = orthogonalize(x, method="deepseek")
+        assert out.dtype == dtype
+        gram = out.double() @ out.double().T
+        torch.testing.assert_close(gram, torch.eye(16, dtype=torch.float64), rtol=0, atol=0.06)
+
+
+def test_float64_is_computed_in_float64_by_default() -> None:
+    x = torch.randn(8, 12, dtype=torch.float64)
+    torch.testing.assert_close(orthogonalize(x), reference.orthogonalize(x), rtol=0, atol=1e-10)
+
+
+def test_builds_no_graph() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    assert not orthogonalize(x).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"method": "newton"}, "newton"),
+        ({"method": "jordan", "steps": 0}, "0"),
+        ({"method": "jordan", "steps": -1}, "-1"),
+        ({"method": "jordan", "steps": 100}, "100"),
+        ({"method": "jordan", "steps": 2.5}, "2.5"),
+        ({"dtype": torch.int32}, "int32"),
+        ({"dtype": torch.float16}, "float16"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        orthogonalize(torch.randn(4, 6), **arguments)
+
+
+def test_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="jordan.*svd"):
+        orthogonalize(torch.randn(4, 6), method="newton")
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.randn(5), torch.tensor(1.0), torch.ones(4, 6, dtype=torch.int64), torch.randn(4, 6, dtype=torch.complex64)]
+)
+def test_input_without_matrices_or_not_real_is_refused(bad: Tensor) -> None:
+    with pytest.raises((TypeError, ValueError), match="orthogonalize"):
+        orthogonalize(bad)

@@ -1,0 +1,390 @@
+"""Command lines: plain LightningCLI and MuonCLI, settings from YAML and shell, subcommands, checkpoints, errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_muon import HybridOptimizer, Muon, MuonCLI, ParameterRule
+from lightning_muon import cli as cli_module
+from lightning_muon.callbacks import PartitionSummary
+from lightning_muon.schedules import Cosine
+from tests.lightning_helpers import QUIET, Bare, Items, NeedsItems, Net, WithOptimizer, assert_same, weights
+
+HELPERS = "tests.lightning_helpers"
+
+
+@pytest.fixture(autouse=True)
+def only_the_arguments_given(monkeypatch):
+    """Pytest's own arguments are no command line of the CLI; long lines are not wrapped."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*args, cli=MuonCLI, classes=(Net, Items), **kwargs):
+    """The CLI object after it ran."""
+    defaults = {**QUIET, "max_steps": 3, **kwargs.pop("trainer_defaults", {})}
+    settings = {"save_config_callback": None, "seed_everything_default": 1, "trainer_defaults": defaults}
+    return cli(*classes, args=[str(arg) for arg in args], **{**settings, **kwargs})
+
+
+def instantiate(*args, **kwargs):
+    """The same without running anything; arguments have no subcommand then."""
+    return run(*args, run=False, **kwargs)
+
+
+def failure(capsys, *args, **kwargs):
+    """What is printed when the command line is refused."""
+    with pytest.raises(SystemExit) as error:
+        run(*args, **kwargs)
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def child(cli, name):
+    """A child optimizer after fit."""
+    return cli.trainer.optimizers[0].optimizers[name]
+
+
+def config_file(path: Path, config) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+BOTH = pytest.mark.parametrize("cli", [LightningCLI, MuonCLI])
+
+
+# Settings of a module with the mixin
+
+
+@BOTH
+def test_settings_from_yaml(cli, tmp_path):
+    config = {
+        "width": 12,
+        "matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": {"lr": 2.0e-2, "method": "svd"}},
+        "other_optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-3}},
+        "schedule": {"class_path": "lightning_muon.schedules.Cosine", "init_args": {"warmup": 0.02, "final": 0.1}},
+        "parameter_rules": [
+            {"pattern": "layers.up.weight", "group": "other"},
+            {"role": "embedding", "options": {"lr": 3.0e-3, "weight_decay": 0.0}},
+        ],
+    }
+    path = config_file(tmp_path / "c.yaml", {"model": config})
+    module = run("fit", "-c", path, cli=cli).model
+    assert isinstance(module.schedule, Cosine)
+    assert vars(module.schedule) == {"warmup": 0.02, "final": 0.1}
+    assert module.parameter_rules[0] == ParameterRule(pattern="layers.up.weight", group="other")
+    module.schedule = None
+    children = module.configure_optimizers().optimizers
+    (matrix,) = children["matrix"].param_groups
+    assert (matrix["lr"], matrix["method"], matrix["param_names"]) == (2e-2, "svd", ["layers.down.weight"])
+    tables = [group for group in children["other"].param_groups if group["param_names"] == ["layers.embed.weight"]]
+    assert tables[0]["weight_decay"] == 0.0
+
+
+@BOTH
+def test_settings_from_the_shell_by_short_class_name(cli):
+    module = run(
+        "fit", "--model.matrix_optimizer=Muon", "--model.matrix_optimizer.lr=0.02", "--model.schedule=Cosine",
+        "--model.schedule.warmup=2", "--model.other_optimizer=SGD", "--model.other_optimizer.lr=0.5", cli=cli,
+    ).model  # fmt: skip
+    assert vars(module.schedule) == {"warmup": 2, "final": 0.0}
+    module.schedule = None
+    children = module.configure_optimizers().optimizers
+    assert type(children["matrix"]) is Muon  # not torch.optim.Muon
+    assert children["matrix"].param_groups[0]["lr"] == 0.02
+    assert type(children["other"]) is torch.optim.SGD
+
+
+def test_torchs_own_muon_is_meant_by_its_path():
+    cli = run("fit", "--model.matrix_optimizer=torch.optim.Muon")
+    assert type(child(cli, "matrix")) is torch.optim.Muon
+
+
+@BOTH
+def test_a_baseline_has_its_own_defaults(cli):
+    """jsonargparse hands the defaults of a default class on to the class chosen instead: there must be none."""
+    fitted = run("fit", "--model.matrix_optimizer=torch.optim.SGD", "--model.other_optimizer=torch.optim.Adam", cli=cli)
+    matrix, other = child(fitted, "matrix").defaults, child(fitted, "other").defaults
+    plain = torch.optim.SGD([torch.zeros(1)]).defaults
+    assert {key: matrix[key] for key in plain} == plain
+    assert other["weight_decay"] == 0.0
+    assert other["lr"] == 1e-3
+
+
+def test_a_class_chosen_over_a_config_takes_over_only_what_the_config_sets(tmp_path):
+    """What the file sets is kept where the new class has an argument of that name; that is how jsonargparse merges."""
+    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": {"lr": 0.02}}}}
+    path = config_file(tmp_path / "c.yaml", config)
+    fitted = run("fit", "-c", path, "--model.matrix_optimizer=torch.optim.SGD")
+    assert child(fitted, "matrix").defaults["momentum"] == 0.0
+    assert child(fitted, "matrix").defaults["weight_decay"] == 0.0
+    assert child(fitted, "matrix").defaults["lr"] == 0.02
+
+
+def test_rules_of_a_second_config_replace_or_extend(tmp_path):
+    first = config_file(
+        tmp_path / "a.yaml", {"model": {"parameter_rules": [{"pattern": "*.up.weight", "group": "other"}]}}
+    )
+    second = config_file(tmp_path / "b.yaml", {"model": {"parameter_rules": [{"role": "head", "name": "head"}]}})
+    module = instantiate("-c", first, "-c", second).model
+    assert [rule.role for rule in module.parameter_rules] == ["head"]
+    module = instantiate("-c", first, "--model.parameter_rules+={'role': 'head', 'name': 'head'}").model
+    assert [rule.pattern or rule.role for rule in module.parameter_rules] == ["*.up.weight", "head"]
+    appended = config_file(tmp_path / "c.yaml", {"model": {"parameter_rules+": [{"role": "head", "name": "head"}]}})
+    module = instantiate("-c", first, "-c", appended).model
+    assert [rule.pattern or rule.role for rule in module.parameter_rules] == ["*.up.weight", "head"]
+
+
+def test_help_shows_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--help")
+    shown = capsys.readouterr().out
+    for name in ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules", "parameter_rules+"):
+        assert f"--model.{name} " in shown
+    assert "--optimizer" not in shown
+
+
+def test_saved_config_runs_again(tmp_path):
+    arguments = ["--model.matrix_optimizer=Muon", "--model.matrix_optimizer.lr=0.02", "--model.schedule=Cosine"]
+    settings = {"trainer_defaults": {"default_root_dir": str(tmp_path), "logger": True}, "save_config_callback": None}
+    settings.pop("save_config_callback")
+    first = MuonCLI(
+        Net, Items, args=["fit", *arguments], seed_everything_default=1,
+        trainer_defaults={**QUIET, "max_steps": 3, "default_root_dir": str(tmp_path), "logger": True},
+    )  # fmt: skip
+    saved = Path(first.trainer.log_dir) / "config.yaml"
+    again = run("fit", "-c", saved, "--trainer.logger=false")
+    assert_same(weights(again.model), weights(first.model))
+
+
+# Errors
+
+
+def test_optimizer_flag_of_a_plain_lightning_cli_is_refused():
+    with pytest.raises(RuntimeError, match=r"Net\.configure_optimizers of MuonMixin was replaced .*--optimizer"):
+        run("fit", "--optimizer=AdamW", "--optimizer.lr=0.1", cli=LightningCLI)
+
+
+def test_muon_cli_has_no_optimizer_flag(capsys):
+    assert "unrecognized arguments: --optimizer" in failure(capsys, "fit", "--optimizer=AdamW")
+
+
+@BOTH
+def test_unknown_class_is_named(cli, tmp_path, capsys):
+    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Moun"}}}
+    printed = failure(capsys, "fit", "-c", config_file(tmp_path / "c.yaml", config), cli=cli)
+    assert "model.matrix_optimizer" in printed
+    assert "module 'lightning_muon' has no attribute 'Moun'" in printed
+
+
+@BOTH
+def test_unknown_argument_is_named(cli, tmp_path, capsys):
+    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": {"lrr": 1.0}}}}
+    printed = failure(capsys, "fit", "-c", config_file(tmp_path / "c.yaml", config), cli=cli)
+    assert "lrr" in printed
+    assert "is not accepted" in printed
+
+
+def test_unknown_choice_lists_the_choices(tmp_path, capsys):
+    init_args = {"method": "quintic"}
+    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": init_args}}}
+    printed = failure(capsys, "fit", "-c", config_file(tmp_path / "c.yaml", config))
+    assert "quintic" in printed
+    assert "polar_express" in printed
+
+
+def test_unknown_field_of_a_rule_is_named(capsys):
+    printed = failure(capsys, "fit", "--model.parameter_rules=[{'pattern': 'a*', 'groop': 'other'}]")
+    assert "groop" in printed
+
+
+def test_rule_without_match_is_an_error():
+    with pytest.raises(ValueError, match=r"layers\.upp\.\*"):
+        run("fit", "--model.parameter_rules=[{'pattern': 'layers.upp.*', 'group': 'other'}]")
+
+
+def test_bad_setting_of_a_schedule_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"warmup must be 0 or more, got -1"):
+        run("fit", "--model.schedule=Cosine", "--model.schedule.warmup=-1")
+
+
+# Modules by class path, links, modules without the mixin
+
+
+def test_model_and_data_by_class_path(capsys):
+    cli = run("fit", f"--model={HELPERS}.Net", "--model.width=12", f"--data={HELPERS}.Items", classes=())
+    assert cli.model.layers.up.weight.shape == (24, 12)
+    assert isinstance(cli.trainer.optimizers[0], HybridOptimizer)
+
+
+@pytest.mark.parametrize("by_path", [False, True], ids=["classes", "class paths"])
+def test_data_gives_the_model_what_it_knows(by_path, tmp_path):
+    if by_path:
+        paths = (f"--model={HELPERS}.NeedsItems", f"--data={HELPERS}.Items")
+        cli = run("fit", *paths, "--data.catalogue=31", classes=(), links=["num_items", "num_users"])
+    else:
+        cli = run("fit", "--data.catalogue=31", classes=(NeedsItems, Items), links=["num_items", "num_users"])
+    assert cli.model.layers.head.weight.shape == (31, 8)
+    cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert_same(weights(NeedsItems.load_from_checkpoint(tmp_path / "a.ckpt")), weights(cli.model))
+
+
+def test_a_model_that_takes_no_linked_argument_is_left_alone(tmp_path):
+    cli = run(
+        "fit", f"--model={HELPERS}.Unlinked", f"--data={HELPERS}.Items", classes=(), links=["num_items"],
+    )  # fmt: skip
+    assert "num_items" not in cli.model.hparams
+    assert "num_items" not in cli.model.hparams_initial
+    cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = type(cli.model).load_from_checkpoint(tmp_path / "a.ckpt")
+    assert_same(weights(loaded), weights(cli.model))
+
+
+def test_a_model_without_its_linked_data_takes_the_argument_itself():
+    data = "lightning.pytorch.demos.boring_classes.BoringDataModule"
+    paths = (f"--model={HELPERS}.NeedsItems", f"--data={data}")
+    cli = instantiate(*paths, "--model.num_items=31", classes=(), links=["num_items"])
+    assert cli.model.layers.head.weight.shape == (31, 8)
+
+
+def test_settings_for_a_module_without_the_mixin():
+    cli = run(
+        "fit", "--matrix_optimizer=Muon", "--matrix_optimizer.lr=0.02", "--schedule=Cosine", "--schedule.warmup=1",
+        "--parameter_rules=[{'pattern': 'layers.up.weight', 'group': 'other'}]", classes=(Bare, Items),
+    )  # fmt: skip
+    optimizer = cli.trainer.optimizers[0]
+    assert isinstance(optimizer, HybridOptimizer)
+    (matrix,) = optimizer.optimizers["matrix"].param_groups
+    assert matrix["initial_lr"] == 0.02
+    assert matrix["param_names"] == ["layers.down.weight"]
+    assert cli.trainer.lr_scheduler_configs[0].name == "lr"
+
+
+def test_a_module_with_an_optimizer_of_its_own_is_told_that_it_is_replaced():
+    with pytest.warns(UserWarning, match=r"WithOptimizer\.configure_optimizers is replaced"):
+        cli = run("fit", classes=(WithOptimizer, Items))
+    assert isinstance(cli.trainer.optimizers[0], HybridOptimizer)
+
+
+def test_top_level_settings_for_a_module_with_the_mixin_point_to_its_own():
+    with pytest.raises(ValueError, match=r"Net has it: use --model\.schedule .*model\.init_args\.schedule"):
+        run("fit", "--schedule=Cosine")
+
+
+# Subcommands
+
+
+def test_partition_prints_the_table_and_trains_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(Items, "dataset", lambda self: pytest.fail("data was touched"))
+    before = weights(instantiate().model)
+    cli = run("partition", "--model.parameter_rules=[{'role': 'embedding', 'name': 'tables'}]")
+    printed = capsys.readouterr().out
+    assert printed.count("layers.up.weight") == 1
+    assert "tables" in printed
+    assert_same(weights(cli.model), before)
+    assert cli.trainer.global_step == 0
+
+
+def test_partition_needs_no_data_and_no_accelerator_and_applies_top_level_rules(capsys):
+    arguments = ("--parameter_rules=[{'role': 'embedding', 'name': 'tables'}]", "--trainer.accelerator=gpu")
+    run("partition", f"--model={HELPERS}.Bare", *arguments, classes=())
+    assert "tables" in capsys.readouterr().out
+
+
+def test_validate_and_test_run():
+    cli = run("validate", "--trainer.limit_val_batches=2")
+    assert cli.trainer.callback_metrics["loss"] > 0
+    assert run("test").trainer.callback_metrics["test_loss"] > 0
+
+
+def test_fit_prints_the_partition_unless_summaries_are_off(capsys):
+    run("fit", "--trainer.enable_model_summary=true")
+    assert capsys.readouterr().out.count("layers.up.weight") == 1
+    run("fit", "--trainer.enable_model_summary=false")
+    assert "layers.up.weight" not in capsys.readouterr().out
+
+
+def test_a_partition_summary_of_the_config_is_not_doubled(capsys):
+    callback = {"class_path": "lightning_muon.callbacks.PartitionSummary"}
+    cli = run("fit", "--trainer.enable_model_summary=true", f"--trainer.callbacks={[callback]}")
+    assert sum(isinstance(callback, PartitionSummary) for callback in cli.trainer.callbacks) == 1
+    assert capsys.readouterr().out.count("layers.up.weight") == 1
+
+
+def test_console_script_finds_modules_in_the_current_directory(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import lightning as L\nfrom torch import nn\n\n"
+        "class Model(L.LightningModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
+    )
+    code = (
+        "import sys; sys.path.pop(0); from lightning_muon.cli import main; main(['partition', '--model', 'mine.Model'])"
+    )
+    root = Path(cli_module.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.append({str(root)!r}); {code}"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "body.0.weight" in done.stdout
+
+
+# Checkpoints of a command line
+
+
+@BOTH
+@pytest.mark.parametrize("by_path", [False, True], ids=["class", "class path"])
+def test_load_from_checkpoint_restores_the_settings(cli, by_path, tmp_path):
+    arguments = [
+        "--model.width=12",
+        "--model.matrix_optimizer=Muon",
+        "--model.matrix_optimizer.lr=0.02",
+        "--model.schedule=Cosine",
+        "--model.parameter_rules=[{'pattern': '*.up.weight', 'group': 'other'}]",
+    ]
+    if by_path:
+        arguments = [f"--model={HELPERS}.Net", f"--data={HELPERS}.Items", *arguments]
+    fitted = run("fit", *arguments, cli=cli, classes=() if by_path else (Net, Items))
+    fitted.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Net.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert_same(weights(loaded), weights(fitted.model))
+    assert isinstance(loaded.schedule, Cosine)
+    assert loaded.parameter_rules == [ParameterRule(pattern="*.up.weight", group="other")]
+    loaded.schedule = None
+    assert loaded.configure_optimizers().optimizers["matrix"].param_groups[0]["lr"] == 0.02
+
+
+@pytest.mark.parametrize("by_path", [False, True], ids=["class", "class path"])
+def test_resume_through_ckpt_path_is_exact(by_path, tmp_path):
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            "dirpath": str(tmp_path),
+            "filename": "{epoch}",
+            "save_top_k": -1,
+            "enable_version_counter": False,
+        },
+    }
+    config = {
+        "model": {
+            "matrix_optimizer": {"class_path": "Muon", "init_args": {"lr": 0.02}},
+            "schedule": {"class_path": "Cosine", "init_args": {"warmup": 2}},
+            "parameter_rules": [{"role": "embedding", "options": {"lr": 0.01}}],
+        },
+        "trainer": {"max_steps": -1, "max_epochs": 3, "callbacks": [checkpoint], "enable_checkpointing": True},
+    }
+    if by_path:
+        config["model"] = {"class_path": f"{HELPERS}.Net", "init_args": config["model"]}
+        config["data"] = f"{HELPERS}.Items"
+    classes = () if by_path else (Net, Items)
+    path = config_file(tmp_path / "c.yaml", config)
+    whole = weights(run("fit", "-c", path, classes=classes).model)
+    resumed = run("fit", "-c", path, "--ckpt_path", tmp_path / "epoch=0.ckpt", "--seed_everything=2", classes=classes)
+    assert_same(weights(resumed.model), whole)

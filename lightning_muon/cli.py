@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from lightning_muon.callbacks import PartitionSummary
-from lightning_muon.mixin import OPTIMIZER_SETTINGS, MatrixOptimizerCallable, MuonMixin, configure_hybrid_optimizer
+from lightning_muon.mixin import MatrixOptimizerCallable, MuonMixin, configure_hybrid_optimizer
 from lightning_muon.partition import ParameterRule, partition_parameters
 from lightning_muon.schedules import Schedule
 
@@ -92,10 +92,9 @@ class MuonCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds Lightning's arguments, the optimizer settings for modules without the mixin, and the links."""
         super().add_core_arguments_to_parser(parser)
-        for name, annotation in _SETTING_TYPES.items():
-            parser.add_argument(
-                f"--{name}", type=annotation, default=None, help=f"For modules without MuonMixin: its {name}."
-            )
+        group = parser.add_argument_group("Optimizers of a module without MuonMixin")
+        for name, (annotation, text) in _SETTINGS.items():
+            group.add_argument(f"--{name}", type=annotation, default=None, help=text)
         model_key = "model.init_args" if self.subclass_mode_model else "model"
         known = parser.get_defaults()
         for name in self.links:
@@ -131,7 +130,7 @@ class MuonCLI(LightningCLI):
         return super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
 
     def _given_settings(self) -> dict[str, Any]:
-        settings = {name: self._get(self.config_init, name) for name in OPTIMIZER_SETTINGS}
+        settings = {name: self._get(self.config_init, name) for name in _SETTINGS}
         return {name: value for name, value in settings.items() if value is not None}
 
     def _forget_unused_links(self) -> None:
@@ -148,11 +147,11 @@ class MuonCLI(LightningCLI):
                 self.model._hparams_initial.pop(name, None)
 
 
-_SETTING_TYPES: dict[str, Any] = {
-    "matrix_optimizer": MatrixOptimizerCallable | None,
-    "other_optimizer": OptimizerCallable | None,
-    "schedule": Schedule | None,
-    "parameter_rules": list[ParameterRule] | None,
+_SETTINGS: dict[str, tuple[Any, str]] = {
+    "matrix_optimizer": (MatrixOptimizerCallable | None, "Optimizer of the hidden matrices; Muon unless given."),
+    "other_optimizer": (OptimizerCallable | None, "Optimizer of all other parameters; AdamW unless given."),
+    "schedule": (Schedule | None, "Multiplier of all learning rates; constant unless given."),
+    "parameter_rules": (list[ParameterRule] | None, "Where parameters go, on top of what is found by itself."),
 }
 
 

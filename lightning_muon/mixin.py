@@ -25,8 +25,6 @@ else:
 # Optimizers of this package come first, so that on a command line the bare name Muon is not taken for torch.optim.Muon.
 MatrixOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
 
-OPTIMIZER_SETTINGS = ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules")
-
 
 class MuonMixin(_ModuleMethods):
     """Base class, listed before ``LightningModule``, that trains hidden matrices with Muon and the rest with AdamW.
@@ -133,7 +131,7 @@ class MuonMixin(_ModuleMethods):
         """As in Lightning, less those settings of the mixin that are objects, which no checkpoint can hold."""
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
-        for name in OPTIMIZER_SETTINGS:
+        for name in ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules"):
             if not _is_plain(self.hparams.get(name)):
                 del self.hparams[name]
                 vars(self)["_hparams_initial"].pop(name, None)

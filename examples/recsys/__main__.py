@@ -3,8 +3,11 @@
 After ``fit`` the best checkpoint is tested, and the popularity baseline beside it.
 """
 
+from __future__ import annotations
+
 import rich
 from lightning import Trainer
+from lightning.pytorch.cli import ArgsType
 from rich.table import Table
 
 import examples.recsys.data  # its classes can then be named without their module
@@ -46,11 +49,17 @@ def comparison(name: str, metrics: dict[str, float], baseline: dict[str, float])
     return table
 
 
-if __name__ == "__main__":
-    RecommenderCLI(
+def main(args: ArgsType = None) -> RecommenderCLI:
+    """Run the command line, or ``args`` in its place."""
+    return RecommenderCLI(
         Recommender,
         SequenceDataModule,
         links=["num_items", "max_length", "mask_history"],
         subclass_mode_model=True,
         subclass_mode_data=True,
+        args=args,
     )
+
+
+if __name__ == "__main__":
+    main()

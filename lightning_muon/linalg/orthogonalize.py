@@ -34,7 +34,7 @@ def orthogonalize(
     ================= ===== ============== ==========================================================================
     ``jordan``        5     0.68 to 1.14   K. Jordan, https://kellerjordan.github.io/posts/muon; ``torch.optim.Muon``
     ``polar_express`` 5     0.86 to 1.13   Amsel et al., arXiv 2505.16932, with a safety factor of 1.01
-    ``cans``          5     0.88 to 1.12   Grishina et al., arXiv 2506.10935
+    ``cans``          5     0.88 to 1.12   Grishina et al., arXiv 2506.10935, with a safety factor of 1.01
     ``you``           5     0.97 to 1.04   J. You's coefficients, as in NVIDIA's Emerging-Optimizers
     ``deepseek``      10    1              eight steps of ``jordan``, then two of ``simple``
     ``simple``        12    1              p(x) = 2x - 1.5 x^3 + 0.5 x^5
@@ -144,7 +144,8 @@ _ITERATIONS = {
             (3.9619, -2.9541, 0.5630),
             (3.2866, -2.4647, 0.5074),
             (2.2737, -1.6447, 0.4162),
-        )
+        ),
+        safety=1.01,  # without it rounding in bfloat16 lifts singular values above 1, where these polynomials explode
     ),
     "you": _Iteration(
         (
@@ -195,17 +196,18 @@ def _normalized(stack: Tensor, safety: float, dtype: torch.dtype) -> Tensor:
     flat = wide.flatten(1)
     norm = torch.linalg.vector_norm(flat, dim=1)
     if not _all_moderate(norm):
-        # Squares of entries below 1e-19 vanish in float32 and those above 1e19 overflow: divide by the largest first.
-        largest = torch.maximum(flat.amax(dim=1), flat.amin(dim=1).neg_()).clamp_(min=torch.finfo(wide.dtype).tiny)
-        wide = wide / largest[:, None, None]
-        # The largest element of a non-zero matrix is 1 now, so its norm is at least 1 and the clamp acts on zero alone.
-        norm = torch.linalg.vector_norm(wide.flatten(1), dim=1).clamp_(min=1.0)
+        # Squares of entries below 1e-19 vanish in float32 and those above 1e19 overflow. Multiplying by a power of two
+        # that brings the largest entry into [0.5, 1) first rounds nothing, so that both ways give the same bits.
+        largest = torch.maximum(flat.amax(dim=1), flat.amin(dim=1).neg_())
+        exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
+        wide = torch.ldexp(wide, -exponent[:, None, None])
+        norm = torch.linalg.vector_norm(wide.flatten(1), dim=1).clamp_(min=0.5)  # the clamp acts on zero alone
     return torch.div(wide, norm.mul_(safety)[:, None, None], out=torch.empty_like(wide, dtype=dtype))
 
 
 def _all_moderate(norm: Tensor) -> bool:
-    """Whether squares of entries neither vanished nor overflowed; asked only where the answer needs no synchronization."""
-    return norm.device.type == "cpu" and 1e-12 < float(norm.min()) and float(norm.max()) < 1e12
+    """Whether no square vanished or overflowed; answered only where that takes no synchronization."""
+    return norm.device.type == "cpu" and float(norm.min()) > 1e-12 and float(norm.max()) < 1e12
 
 
 def _polar_by_svd(stack: Tensor) -> Tensor:

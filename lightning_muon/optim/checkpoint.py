@@ -1,4 +1,4 @@
-"""Loading optimizer states: by parameter name, and without loss of precision."""
+"""Loading optimizer states: by parameter name, and exactly."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ def match_by_name(state_dict: dict[str, Any], param_groups: Sequence[dict[str, A
     return {**state_dict, "param_groups": reordered}
 
 
-def restore_precision(optimizer: Optimizer, state_dict: dict[str, Any], groups: Iterable[dict[str, Any]]) -> None:
-    """Undo the cast of ``Optimizer.load_state_dict`` to the parameters' dtype, for the parameters of ``groups``.
+def restore_exactly(optimizer: Optimizer, state_dict: dict[str, Any], groups: Iterable[dict[str, Any]]) -> None:
+    """Redo for the parameters of ``groups`` what ``Optimizer.load_state_dict`` did, keeping precision and sharing
+    nothing.
 
-    Float32 state of bfloat16 parameters would otherwise lose bits on each resume.
+    The base class casts state to the parameters' dtype, so that float32 state of bfloat16 parameters would lose bits
+    on each resume, and keeps the given tensors, so that later steps would write into ``state_dict``.
     """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     saved_ids = (saved_id for group in state_dict["param_groups"] for saved_id in group["params"])
@@ -49,25 +51,36 @@ def restore_precision(optimizer: Optimizer, state_dict: dict[str, Any], groups: 
         if parameter not in wanted or saved_id not in state_dict["state"]:
             continue
         for key, value in state_dict["state"][saved_id].items():
-            loaded = optimizer.state[parameter].get(key)
-            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and value.dtype != loaded.dtype:
-                optimizer.state[parameter][key] = value.to(loaded.device)
+            if isinstance(value, Tensor):
+                device = optimizer.state[parameter][key].device
+                optimizer.state[parameter][key] = value.to(device, copy=True)
 
 
 def _check_membership(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]) -> None:
     saved_group = {name: group["name"] for group in saved for name in group["param_names"]}
     current_group = {name: group["name"] for group in current for name in group["param_names"]}
-    problems = [f"{name!r} is not in this model's optimizer" for name in saved_group.keys() - current_group.keys()]
-    problems += [f"{name!r} is not in the checkpoint" for name in current_group.keys() - saved_group.keys()]
-    problems += [
-        f"{name!r} was in {saved_group[name]!r} and is in {group!r} now"
+    problems = []
+    for which, names in (
+        ("not in this model's optimizer", saved_group.keys() - current_group.keys()),
+        ("not in the checkpoint", current_group.keys() - saved_group.keys()),
+    ):
+        if names:
+            problems.append(f"{which}: {_some(map(repr, names))}")
+    moved = [
+        f"{name!r} from {saved_group[name]!r} to {group!r}"
         for name, group in current_group.items()
         if saved_group.get(name, group) != group
     ]
+    if moved:
+        problems.append(f"moved: {_some(moved)}")
     if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(
-            f"The optimizer state was saved with another partition: {shown}. Use the parameter rules and the frozen "
-            "parameters of "
-            "the run that saved it, or load the weights alone."
+            f"The optimizer state was saved with another partition; {'; '.join(problems)}. Use the parameter rules and "
+            "the frozen parameters of the run that saved it, or load the weights alone."
         )
+
+
+def _some(texts: Iterable[str], limit: int = 4) -> str:
+    ordered = sorted(texts)
+    rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + rest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
-from lightning_muon.optim.checkpoint import match_by_name, restore_precision
+from lightning_muon.optim.checkpoint import match_by_name, restore_exactly
 from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.muon import Muon
 from lightning_muon.partition import ParameterAssignment, ParameterRule, Partition, partition_parameters
@@ -62,6 +62,10 @@ class HybridOptimizer(Optimizer):
         self._constructing = True
         super().__init__(groups, _shared_defaults(self.optimizers))
         self._constructing = False
+        for child in self.optimizers.values():
+            self.state.update(child.state)
+            if partition is not None and isinstance(child, MatrixOptimizer):  # frozen matrices may join later
+                child.layouts.update({entry.parameter: entry.layout for entry in partition if entry.layout is not None})
         self._link()
 
     @classmethod
@@ -120,16 +124,17 @@ class HybridOptimizer(Optimizer):
         if self._constructing:
             super().add_param_group(param_group)
             return
+        taken = {parameter for group in self.param_groups for parameter in group["params"]}
         for owner, group in self._route(param_group):
+            if not taken.isdisjoint(group["params"]):
+                raise ValueError("Some of these parameters are optimized already: each may be in one param group only.")
             group["name"] = self._unused_name(group["name"])
+            _set_param_names(group, self._partition)
             child = self.optimizers[owner]
             child.add_param_group(group)
             group = child.param_groups[-1]
-            group.pop("layouts", None)
-            _set_param_names(group, self._partition)
             if "betas" in group:
                 group.setdefault("momentum", group["betas"][0])
-            # The child has checked it: the parameters are new to all children, as theirs are to each other.
             self.param_groups.append(group)
             self._owners[group["name"]] = owner
             self._linked = list(self.param_groups)
@@ -151,8 +156,8 @@ class HybridOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if len(self._linked) != len(self.param_groups) or any(map(operator.is_not, self._linked, self.param_groups)):
-            self._link()  # somebody assigned other groups, as Lightning's BaseFinetuning does on resume
+        if not self._is_linked():
+            self._link()
         for child in self.optimizers.values():
             child.step()
         return loss
@@ -172,7 +177,7 @@ class HybridOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for child in self.optimizers.values():
             if isinstance(child, MatrixOptimizer):
-                restore_precision(self, state_dict, child.param_groups)
+                restore_exactly(self, state_dict, child.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("optimizers", "_partition", "_owners", "_constructing")}
@@ -182,14 +187,14 @@ class HybridOptimizer(Optimizer):
         super().__setstate__(state)
         self._link()
 
+    def _is_linked(self) -> bool:
+        """False once somebody assigned other groups or another state, as Lightning's BaseFinetuning does on resume."""
+        groups, linked = self.param_groups, self._linked
+        same_groups = len(groups) == len(linked) and not any(map(operator.is_not, groups, linked))
+        return same_groups and all(child.state is self.state for child in self.optimizers.values())
+
     def _link(self) -> None:
-        """Give the children this optimizer's state and groups: after construction, loading, unpickling and
-        assignment.
-        """
-        for child in self.optimizers.values():
-            for parameter, values in child.state.items():
-                if child.state is not self.state and parameter not in self.state:
-                    self.state[parameter] = values
+        """Give the children this optimizer's state and groups."""
         for owner, child in self.optimizers.items():
             owned = [group for group in self.param_groups if self._owner(group) == owner]
             child.__setstate__({"state": self.state, "param_groups": owned})
@@ -206,14 +211,12 @@ class HybridOptimizer(Optimizer):
     def _route(self, param_group: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         """(child, group) pairs for the parameters of a new group."""
         options = {key: value for key, value in param_group.items() if key not in ("params", "param_names", "layouts")}
-        given = param_group["params"]
-        parameters = [
-            entry[1] if isinstance(entry, tuple) else entry
-            for entry in ([given] if isinstance(given, Tensor) else given)
-        ]
+        given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
+        parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
         owner = str(options.get("name", "")).split("/")[0]
         if owner in self.optimizers:
-            return [(owner, dict(param_group))]
+            names = {"param_names": [entry[0] for entry in given]} if isinstance(given[0], tuple) else {}
+            return [(owner, {**param_group, "params": parameters, **names})]
         known: dict[Tensor, ParameterAssignment] = {}
         if self._partition is not None:
             known = {entry.parameter: entry for entry in self._partition}
@@ -231,8 +234,6 @@ class HybridOptimizer(Optimizer):
                 (entry.group, entry.group_name), {"params": [], **entry.options, **options, "name": entry.group_name}
             )
             group["params"].append(parameter)
-            if isinstance(self.optimizers[entry.group], MatrixOptimizer):
-                group.setdefault("layouts", []).append(entry.layout)
         return [(owner, group) for (owner, _), group in routed.items()]
 
     def _unused_name(self, name: str) -> str:
@@ -289,11 +290,11 @@ def _shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
 
 
 def _set_param_names(group: dict[str, Any], partition: Partition | None) -> None:
-    if partition is None or "param_names" in group:
-        return
-    names = {entry.parameter: entry.name for entry in partition}
-    if all(parameter in names for parameter in group["params"]):
-        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    """Every group gets names: states are loaded by name, and torch wants all groups or none to have them."""
+    if "param_names" not in group:
+        known = {} if partition is None else {id(entry.parameter): entry.name for entry in partition}
+        parameters = enumerate(group["params"])
+        group["param_names"] = [known.get(id(p), f"{group['name']}[{index}]") for index, p in parameters]
 
 
 def _build(factory: OptimizerFactory, groups: list[dict[str, Any]], partition: Partition) -> Optimizer:

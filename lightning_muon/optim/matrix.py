@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from lightning_muon.optim.checkpoint import restore_precision
+from lightning_muon.optim.checkpoint import restore_exactly
 from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
 from lightning_muon.partition import MatrixLayout
 
@@ -71,7 +71,7 @@ class MatrixOptimizer(Optimizer):
         state_dtype: torch.dtype | str | None = "float32",
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        self._layouts: dict[Tensor, MatrixLayout] = {}
+        self.layouts: dict[Tensor, MatrixLayout] = {}  # how each parameter is read; may know more than are in groups
         self._stacks: list[list[MatrixStack]] = []
         self._signatures: list[list[tuple[int, torch.dtype, torch.device]]] = []
         self._observers: OrderedDict[int, UpdateObserver] = OrderedDict()
@@ -115,7 +115,8 @@ class MatrixOptimizer(Optimizer):
         layouts = param_group.pop("layouts", None)
         super().add_param_group(param_group)
         try:
-            self._adopt(self.param_groups[-1], layouts)
+            self.check_group(param_group)
+            self.layouts.update(self._checked_layouts(param_group, layouts))
         except Exception:
             self.param_groups.pop()
             raise
@@ -171,34 +172,36 @@ class MatrixOptimizer(Optimizer):
         return grad.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as in ``torch.optim``, but keep the precision in which the state was saved."""
+        """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it."""
         super().load_state_dict(state_dict)
-        restore_precision(self, state_dict, self.param_groups)
+        restore_exactly(self, state_dict, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layouts": self._layouts}
+        return {**super().__getstate__(), "layouts": self.layouts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # States saved by an older version, or by torch.optim.Muon, lack some options. The base class adds
+        # "differentiable" to its defaults on unpickling, which is no option of ours.
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:
+            for key in defaults.keys() - {"differentiable"}:
+                group.setdefault(key, defaults[key])
         super().__setstate__(state)
         self._stacks, self._signatures = [], []
         self.__dict__.setdefault("_observers", OrderedDict())
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
 
-    def _adopt(self, group: dict[str, Any], layouts: Sequence[MatrixLayout | None] | None) -> None:
-        self.check_group(group)
+    def _checked_layouts(
+        self, group: dict[str, Any], layouts: Sequence[MatrixLayout] | None
+    ) -> dict[Tensor, MatrixLayout]:
+        """How each parameter of a new group is read: as given, as ``self.layouts`` has it, or as the matrix it is."""
         parameters = group["params"]
-        names = _names(group)
-        if layouts is None:
-            layouts = [None] * len(parameters)
-        if len(layouts) != len(parameters):
+        if layouts is not None and len(layouts) != len(parameters):
             raise ValueError(f"A group of {len(parameters)} parameters needs as many layouts, got {len(layouts)}.")
-        checked = [
-            _check_parameter(parameter, name, layout)
-            for parameter, name, layout in zip(parameters, names, layouts, strict=True)
-        ]
-        self._layouts.update(zip(parameters, checked, strict=True))
+        wanted = [self.layouts.get(parameter) for parameter in parameters] if layouts is None else layouts
+        return {
+            parameter: _check_parameter(parameter, name, layout)
+            for parameter, name, layout in zip(parameters, _names(group), wanted, strict=True)
+        }
 
     def _refresh_stacks(self) -> None:
         """Stacks for the parameters that take part now, bound to ``self.state``; built anew only where something
@@ -216,7 +219,7 @@ class MatrixOptimizer(Optimizer):
                 self._stacks[index] = build_stacks(
                     active,
                     [name_of[p] for p in active],
-                    [self._layouts[p] for p in active],
+                    [self.layouts[p] for p in active],
                     None if group["state_dtype"] is None else getattr(torch, group["state_dtype"]),
                 )
                 self._signatures[index] = signature
@@ -390,7 +393,7 @@ def _decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor,
     """Shrink the targets by ``amount``; if cautious, only entries that the update shrinks too (or leaves alone)."""
     if cautious:
         for target, update in zip(targets, updates, strict=True):
-            target.mul_(1 - amount * (update * target >= 0))
+            target.mul_(1 - amount * (update * target >= 0).to(target.dtype))
     elif targets[0].is_cuda:
         torch._foreach_mul_(targets, 1 - amount)
     else:

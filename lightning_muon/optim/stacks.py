@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_muon.partition import MatrixLayout
 
 MAX_STACK_ELEMENTS = 2**26
-"""Matrices are stacked up to this many elements, which bounds temporary memory; a larger matrix is a stack of its own."""
+"""Matrices are stacked up to this many elements, which bounds temporary memory; a larger matrix is a stack of its
+own."""
 
 MAX_STACK_ELEMENTS_CPU = 2**19
 """The same on a CPU: longer stacks gain nothing there, and leave the caches."""
@@ -127,6 +128,9 @@ class MatrixStack:
                 view = member.state_view(tensor, elementwise=tensor.shape == (self.size, *self.shape))
                 if current is not None:
                     _copy_saved(view, current, member.name, name)
+                elif key in member.bound:  # the state was cleared: start anew
+                    weights = self.gather([member], [member.parameter])
+                    tensor[member.start : member.stop] = init_state(weights)[key]
                 saved[name] = member.bound[key] = view
 
     def take(self, members: Sequence[StackMember]) -> tuple[dict[str, Tensor], Tensor]:
@@ -163,7 +167,7 @@ def build_stacks(
         for view, (_, m, n) in enumerate(shapes):
             member = StackMember(parameter, name, layout, view, len(shapes))
             members.setdefault((m, n, parameter.dtype, parameter.device), []).append(member)
-    stacks = []
+    stacks: list[MatrixStack] = []
     for (m, n, dtype, _), same in members.items():
         stack_dtype = torch.float64 if dtype == torch.float64 else (state_dtype or dtype)
         stacks.extend(MatrixStack(chunk, (m, n), stack_dtype) for chunk in _chunks(same))

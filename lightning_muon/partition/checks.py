@@ -24,8 +24,8 @@ def check_module(module: nn.Module) -> None:
         # By name: importing FSDP costs time, and only a program that imported it can have such a module.
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(part).__mro__):
             raise ValueError(
-                f"FullyShardedDataParallel (FSDP1) wraps {repr(name) if name else 'the module'} and keeps its matrices as "
-                f"flat shards. {_USE_FSDP2}"
+                f"FullyShardedDataParallel (FSDP1) wraps {repr(name) if name else 'the module'} and keeps its matrices "
+                f"as flat shards. {_USE_FSDP2}"
             )
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
@@ -64,6 +64,7 @@ def check_parameter(parameter: Tensor, sites: list[Site], sent_to_other: bool) -
         )
     if any(getattr(site.owner, "sparse", False) and isinstance(site.owner, _SPARSE_TYPES) for site in sites):
         raise ValueError(
-            f"The embedding {name!r} has sparse=True, and AdamW takes no sparse gradients. Set sparse=False. If the other "
-            f"optimizer takes them (SparseAdam, SGD), confirm it by a rule: {{pattern: {name!r}, group: other}}."
+            f"The embedding {name!r} has sparse=True, and AdamW takes no sparse gradients. Set sparse=False. If the "
+            "other optimizer takes them (SparseAdam, SGD), confirm it by a rule: "
+            f"{{pattern: {name!r}, group: other}}."
         )

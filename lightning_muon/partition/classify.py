@@ -172,9 +172,10 @@ def _transposed_by_bias(owner: nn.Module) -> bool | None:
     for name, weight in owner._parameters.items():
         for bias_name in (f"{name}_bias", name.replace("weight", "bias")):
             bias = owner._parameters.get(bias_name)
-            if bias is not None and weight is not None and (weight.ndim, bias.ndim) == (3, 2):
-                if weight.shape[1] != weight.shape[2]:
-                    return bias.shape[1] == weight.shape[2]
+            if bias is None or weight is None or (weight.ndim, bias.ndim) != (3, 2):
+                continue
+            if weight.shape[1] != weight.shape[2]:
+                return bias.shape[1] == weight.shape[2]
     return None
 
 

@@ -158,7 +158,7 @@ def _check_layouts_used(entries: Sequence[ParameterAssignment], changes: Sequenc
         for rule in change.rules:
             if rule.sets_layout and id(rule) not in used:
                 raise ValueError(
-                    f"{rule} sets a layout, but what it matches goes to the group 'other': {entry.name!r}, for example. "
+                    f"{rule} sets a layout, but what it matches goes to the group 'other', {entry.name!r} for example. "
                     f"({entry.reason}) Add group='matrix' to the rule to train it as matrices."
                 )
 

@@ -41,7 +41,7 @@ def partition_table(partition: Partition) -> Table:
         count = f" x{len(entries)}" if len(entries) > 1 else ""
         cells = [_pattern([entry.name for entry in entries]) + count, _shapes(entries), first.role, _group(first)]
         if with_options:
-            cells.append(", ".join(f"{key}={value}" for key, value in first.options.items()))
+            cells.append("\n".join(f"{key}={value}" for key, value in first.options.items()))
         style = "dim" if first.frozen else ("bold" if first.group == "matrix" else "")
         table.add_row(*map(escape, cells), escape(first.reason), style=style)
     return table

@@ -18,7 +18,7 @@ _TIMEOUT_S = 60
 
 
 def download_gzip(url: str, path: Path, attempts: int = 5) -> Path:
-    """Download a gzip file to ``path``, unless it is there, and check it to its last byte.
+    """Download a gzip file to ``path``, unless it is there and whole, and check it to its last byte.
 
     What has arrived is kept in ``<path>.part``: a broken connection, or a later call, goes on from there by an HTTP
     range request. ``path`` itself is only ever a whole file.
@@ -32,7 +32,7 @@ def download_gzip(url: str, path: Path, attempts: int = 5) -> Path:
         ConnectionError: if the file could not be had; calling again resumes.
         ValueError: if what the server sends is not a whole gzip file.
     """
-    if path.exists():
+    if path.exists() and _gzip_fault(path) is None:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")

@@ -25,7 +25,7 @@ class UserSequences:
         num_items: size of the catalogue.
 
     Raises:
-        ValueError: if a user has no item, or an id is outside of 1..num_items.
+        ValueError: if there is no user, a user has no item, or an id is outside of 1..num_items.
     """
 
     items: Tensor
@@ -33,6 +33,8 @@ class UserSequences:
     num_items: int
 
     def __post_init__(self) -> None:
+        if not len(self):
+            raise ValueError("There are no users: the source of the sequences is empty.")
         empty = (self.offsets.diff() < 1).nonzero()
         if len(empty):
             raise ValueError(f"User {int(empty[0]) + 1} has no interactions: drop users without any.")
@@ -62,11 +64,11 @@ class UserSequences:
         sequences = []
         for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
             try:
-                _user, *sequence = map(int, line.split())
+                user, *sequence = map(int, line.split())
             except ValueError:
                 raise ValueError(f"{path}, line {number}: expected 'user item item ...' as integers, got {line[:60]!r}.")
             if not sequence:
-                raise ValueError(f"{path}, line {number}: user {_user} has no items: drop users without any.")
+                raise ValueError(f"{path}, line {number}: user {user} has no items: drop users without any.")
             sequences.append(sequence)
         return cls.from_lists(sequences, num_items)
 

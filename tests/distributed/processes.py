@@ -1,0 +1,61 @@
+"""Runs functions in several gloo processes on the loopback device, with a time limit."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+Worker = Callable[..., Any]
+
+
+def run(
+    workers: Mapping[str, Worker], folder: Path, world_size: int = 2, limit: float = 90.0, args: tuple[Any, ...] = ()
+) -> dict[str, list[Any]]:
+    """Calls ``worker(rank, *args)`` for each worker, one after the other in the same processes.
+
+    Returns:
+        What each worker returned, by rank.
+
+    Raises:
+        TimeoutError: if the ranks have not ended within ``limit`` seconds; they are killed first.
+    """
+    context = mp.spawn(_main, args=(dict(workers), str(folder), world_size, limit, args), nprocs=world_size, join=False)
+    deadline = time.monotonic() + limit
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{', '.join(workers)} did not end on all {world_size} ranks within {limit} s.")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    by_rank = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return {name: [results[name] for results in by_rank] for name in workers}
+
+
+def _main(
+    rank: int, workers: dict[str, Worker], folder: str, world_size: int, limit: float, args: tuple[Any, ...]
+) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=limit / 2),
+    )
+    try:
+        torch.save({name: worker(rank, *args) for name, worker in workers.items()}, f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

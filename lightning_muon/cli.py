@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from lightning_muon.callbacks import PartitionSummary
 from lightning_muon.mixin import MatrixOptimizerCallable, MuonMixin, configure_hybrid_optimizer
-from lightning_muon.partition import ParameterRule, partition_parameters
+from lightning_muon.partition import ParameterRule
 from lightning_muon.schedules import Schedule
 
 
@@ -58,11 +58,13 @@ class MuonCLI(LightningCLI):
         model_class: as in ``LightningCLI``; None takes the class from ``--model``.
         datamodule_class: as in ``LightningCLI``; None takes the class from ``--data``.
         links: names of attributes of the data module that models take as arguments, e.g. ``["num_items"]``. Where the
-            model takes the argument and the data module has the attribute, its value is handed over.
+            model takes the argument and the data module has the attribute, its value is handed over, whatever else is
+            given for the argument.
         trainer_class: subclass of :class:`PartitionTrainer`.
         **kwargs: as in ``LightningCLI``, less ``auto_configure_optimizers``.
 
     Raises:
+        TypeError: if ``trainer_class`` is no :class:`PartitionTrainer`.
         ValueError: if ``--matrix_optimizer`` and the like are given for a module that has the mixin.
 
     Example::
@@ -79,6 +81,10 @@ class MuonCLI(LightningCLI):
         trainer_class: type[PartitionTrainer] = PartitionTrainer,
         **kwargs: Any,
     ) -> None:
+        if not (isinstance(trainer_class, type) and issubclass(trainer_class, PartitionTrainer)):
+            raise TypeError(
+                f"trainer_class must be a subclass of lightning_muon.cli.PartitionTrainer, got {trainer_class}."
+            )
         self.links = tuple(links)
         super().__init__(
             model_class, datamodule_class, trainer_class=trainer_class, auto_configure_optimizers=False, **kwargs
@@ -107,7 +113,7 @@ class MuonCLI(LightningCLI):
         self._forget_unused_links()
         given = self._given_settings()
         if not isinstance(self.model, MuonMixin):
-            _train_with_muon(self.model, **given)
+            _train_with_muon(self.model, given)
         elif given:
             name = next(iter(given))
             raise ValueError(
@@ -144,7 +150,7 @@ class MuonCLI(LightningCLI):
         for name in self.links:
             if name not in self._get(self.config, "model").init_args:
                 self.model.hparams.pop(name, None)
-                self.model._hparams_initial.pop(name, None)
+                vars(self.model).get("_hparams_initial", {}).pop(name, None)
 
 
 _SETTINGS: dict[str, tuple[Any, str]] = {
@@ -155,16 +161,9 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _train_with_muon(
-    model: LightningModule,
-    matrix_optimizer: MatrixOptimizerCallable | None = None,
-    other_optimizer: OptimizerCallable | None = None,
-    schedule: Schedule | None = None,
-    parameter_rules: Sequence[ParameterRule] = (),
-) -> None:
+def _train_with_muon(model: LightningModule, settings: dict[str, Any]) -> None:
     def configure_optimizers(module: LightningModule) -> OptimizerLRScheduler:
-        partition = partition_parameters(module, parameter_rules)
-        return configure_hybrid_optimizer(module, partition, matrix_optimizer, other_optimizer, schedule)
+        return configure_hybrid_optimizer(module, **settings)
 
     if is_overridden("configure_optimizers", model):
         rank_zero_warn(

@@ -47,7 +47,8 @@ class MuonMixin(_ModuleMethods):
         **kwargs: handed on to the next class.
 
     Raises:
-        TypeError: at class definition, if a ``LightningModule`` stands before the mixin among the bases.
+        TypeError: at class definition, if a ``LightningModule`` stands before the mixin among the bases. At
+            construction, if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
 
     Example::
 
@@ -76,6 +77,7 @@ class MuonMixin(_ModuleMethods):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        _check_settings(matrix_optimizer, other_optimizer, schedule)
         self.matrix_optimizer = matrix_optimizer
         self.other_optimizer = other_optimizer
         self.schedule = schedule
@@ -107,7 +109,7 @@ class MuonMixin(_ModuleMethods):
                 matrices into flat pieces.
         """
         return configure_hybrid_optimizer(
-            self, self.partition(), self.matrix_optimizer, self.other_optimizer, self.schedule
+            self, self.matrix_optimizer, self.other_optimizer, self.schedule, self.parameter_rules
         )
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
@@ -139,19 +141,19 @@ class MuonMixin(_ModuleMethods):
 
 def configure_hybrid_optimizer(
     module: LightningModule,
-    partition: Partition,
     matrix_optimizer: MatrixOptimizerCallable | None = None,
     other_optimizer: OptimizerCallable | None = None,
     schedule: Schedule | None = None,
+    parameter_rules: Sequence[ParameterRule] = (),
 ) -> OptimizerLRScheduler:
     """What ``configure_optimizers`` of any LightningModule may return to train it as :class:`MuonMixin` does.
 
     Args:
         module: the module to train.
-        partition: where its parameters go.
         matrix_optimizer: called with the param groups of the matrices; None for Muon.
         other_optimizer: called with the other param groups; None for AdamW.
         schedule: multiplier of all learning rates; None to leave them constant.
+        parameter_rules: where parameters go and with which options, on top of what is found by itself.
 
     Raises:
         ValueError: if the schedule needs the length of a run that has none; names ``max_steps``.
@@ -161,7 +163,7 @@ def configure_hybrid_optimizer(
     if trainer is not None:
         _check_strategy(trainer)
         _warn_if_clipped_by_value(trainer)
-    optimizer = HybridOptimizer.from_module(module, matrix=matrix_optimizer, other=other_optimizer, partition=partition)
+    optimizer = HybridOptimizer.from_module(module, matrix_optimizer, other_optimizer, parameter_rules)
     if schedule is None:
         return optimizer
     if trainer is None:
@@ -175,6 +177,19 @@ def configure_hybrid_optimizer(
 
 def _is_lightning_module(cls: type) -> bool:
     return cls.__name__ == "LightningModule" and cls.__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
+
+
+def _check_settings(matrix_optimizer: object, other_optimizer: object, schedule: object) -> None:
+    for name, value in (("matrix_optimizer", matrix_optimizer), ("other_optimizer", other_optimizer)):
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{name} must be a class or function that is called with param groups, e.g. functools.partial(Muon, "
+                f"lr=1e-3), got an object of type {type(value).__name__}."
+            )
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule must be a lightning_muon.schedules.Schedule, e.g. Cosine(warmup=0.02), got {schedule!r}."
+        )
 
 
 def _is_plain(value: Any) -> bool:

@@ -77,6 +77,16 @@ class Unlinked(MuonMixin, pl.LightningModule):
     training_step = Bare.training_step
 
 
+class Silent(MuonMixin, pl.LightningModule):
+    """Saves no hyperparameters."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.layers = Layers(NUM_ITEMS, 8)
+
+    training_step = Bare.training_step
+
+
 class WithOptimizer(Bare):
     """Brings its own SGD."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_muon import HybridOptimizer, Muon, MuonCLI, ParameterRule
@@ -152,13 +153,13 @@ def test_help_shows_the_settings(capsys):
 
 
 def test_saved_config_runs_again(tmp_path):
-    arguments = ["--model.matrix_optimizer=Muon", "--model.matrix_optimizer.lr=0.02", "--model.schedule=Cosine"]
-    settings = {"trainer_defaults": {"default_root_dir": str(tmp_path), "logger": True}, "save_config_callback": None}
-    settings.pop("save_config_callback")
     first = MuonCLI(
-        Net, Items, args=["fit", *arguments], seed_everything_default=1,
+        Net,
+        Items,
+        args=["fit", "--model.matrix_optimizer=Muon", "--model.matrix_optimizer.lr=0.02", "--model.schedule=Cosine"],
+        seed_everything_default=1,
         trainer_defaults={**QUIET, "max_steps": 3, "default_root_dir": str(tmp_path), "logger": True},
-    )  # fmt: skip
+    )
     saved = Path(first.trainer.log_dir) / "config.yaml"
     again = run("fit", "-c", saved, "--trainer.logger=false")
     assert_same(weights(again.model), weights(first.model))
@@ -276,6 +277,16 @@ def test_a_module_with_an_optimizer_of_its_own_is_told_that_it_is_replaced():
 def test_top_level_settings_for_a_module_with_the_mixin_point_to_its_own():
     with pytest.raises(ValueError, match=r"Net has it: use --model\.schedule .*model\.init_args\.schedule"):
         run("fit", "--schedule=Cosine")
+
+
+def test_a_model_without_hyperparameters_may_stand_beside_links():
+    cli = run("fit", f"--model={HELPERS}.Silent", f"--data={HELPERS}.Items", classes=(), links=["num_items"])
+    assert not cli.model.hparams
+
+
+def test_trainer_class_without_partition_is_refused():
+    with pytest.raises(TypeError, match=r"trainer_class must be a subclass of lightning_muon\.cli\.PartitionTrainer"):
+        run("fit", trainer_class=Trainer)
 
 
 # Subcommands

@@ -221,6 +221,18 @@ def test_a_replaced_configure_optimizers_is_refused_even_where_setup_is_overridd
         fit(module)
 
 
+@pytest.mark.parametrize("name", ["matrix_optimizer", "other_optimizer"])
+def test_an_optimizer_instead_of_what_makes_one_is_refused(name):
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    with pytest.raises(TypeError, match=rf"{name} must be a class or function .* got an object of type SGD"):
+        Net(**{name: optimizer})
+
+
+def test_something_else_than_a_schedule_is_refused():
+    with pytest.raises(TypeError, match=r"schedule must be a lightning_muon\.schedules\.Schedule.*got 0\.1"):
+        Net(schedule=0.1)
+
+
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_flatten_matrices_are_refused(name):
     flat = type(name, (pl.strategies.SingleDeviceStrategy,), {})

@@ -165,7 +165,7 @@ def test_resume_at_an_epoch_end_is_exact(tmp_path):
 def test_checkpoint_of_another_partition_is_refused_and_names_what_moved(tmp_path):
     fit(make()).save_checkpoint(tmp_path / "a.ckpt")
     moved = make(parameter_rules=[ParameterRule(pattern="layers.up.weight", group="other")])
-    with pytest.raises(ValueError, match=r"another partition: 'layers\.up\.weight' was in 'matrix'"):
+    with pytest.raises(ValueError, match=r"another partition.*'layers\.up\.weight'.*'matrix'"):
         pl.Trainer(max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False).fit(
             moved, datamodule=Items(), ckpt_path=tmp_path / "a.ckpt"
         )

@@ -50,7 +50,8 @@ def orthogonalize(
         method: name of the iteration.
         steps: number of iterations; None for the method's own. Further steps repeat the last polynomial.
         dtype: what the products are computed in. None: float64 for float64 input, else bfloat16 on CUDA and on CPUs
-            that multiply it fast (AVX512-BF16, AMX), else float32. ``svd`` never goes below float32.
+            that multiply it fast (AVX512-BF16, AMX), else float32. ``svd`` and ``cans`` never go below float32: the
+            first polynomial of ``cans`` nearly vanishes at 0.84, where bfloat16 would round the sign away.
 
     Returns:
         Tensor (..., m, n) in the dtype of the input. A zero matrix gives zero; one with NaN or infinity gives NaN and
@@ -69,6 +70,8 @@ def orthogonalize(
     if matrices.numel() == 0:
         return matrices.clone()
     dtype = dtype or default_orthogonalization_dtype(matrices.device, matrices.dtype)
+    if method in _AT_LEAST_FLOAT32:
+        dtype = torch.promote_types(dtype, torch.float32)
     if dtype == torch.float16 and matrices.device.type == "cpu":
         raise ValueError(
             "float16 products are about a hundred times slower than float32 on a CPU: use dtype=torch.bfloat16."
@@ -134,6 +137,7 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 _DEFAULT_STEPS = {"polar_express": 5}
+_AT_LEAST_FLOAT32 = ("cans", "svd")
 _ITERATIONS = {
     "jordan": _Iteration((_JORDAN,) * 5),
     "polar_express": _Iteration(_POLAR_EXPRESS, safety=1.01),
@@ -145,7 +149,7 @@ _ITERATIONS = {
             (3.2866, -2.4647, 0.5074),
             (2.2737, -1.6447, 0.4162),
         ),
-        safety=1.01,  # without it rounding in bfloat16 lifts singular values above 1, where these polynomials explode
+        safety=1.01,  # rounding may lift singular values above 1, where these polynomials grow fast
     ),
     "you": _Iteration(
         (

@@ -60,6 +60,7 @@ class HybridOptimizer(Optimizer):
             group["name"]: owner for owner, child in self.optimizers.items() for group in child.param_groups
         }
         self._constructing = True
+        _fill_groups(self.optimizers)
         super().__init__(groups, _shared_defaults(self.optimizers))
         self._constructing = False
         for child in self.optimizers.values():
@@ -97,9 +98,9 @@ class HybridOptimizer(Optimizer):
         optimizers: dict[str, Optimizer] = {}
         other_groups, matrix_groups = partition.param_groups("other"), partition.param_groups("matrix")
         if other_groups:
-            optimizers["other"] = _build(other or AdamW, other_groups, partition)
+            optimizers["other"] = _build(other or AdamW, other_groups)
         if matrix_groups:
-            optimizers["matrix"] = _build(matrix or Muon, matrix_groups, partition)
+            optimizers["matrix"] = _build(matrix or Muon, matrix_groups)
         if not optimizers:
             raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to optimize.")
         if not matrix_groups:
@@ -225,8 +226,7 @@ class HybridOptimizer(Optimizer):
             if parameter not in known or known[parameter].group not in self.optimizers:
                 raise ValueError(
                     f"It is unknown which optimizer should take a new parameter of shape {tuple(parameter.shape)}. "
-                    "Name the group after "
-                    f"one of {', '.join(self.optimizers)}, e.g. "
+                    f"Name the group after one of {', '.join(self.optimizers)}, e.g. "
                     f"{{'params': [...], 'name': '{next(iter(self.optimizers))}/new'}}."
                 )
             entry = known[parameter]
@@ -249,9 +249,8 @@ class HybridOptimizer(Optimizer):
 def _check_children(optimizers: Mapping[str, Optimizer]) -> None:
     if not isinstance(optimizers, Mapping) or not optimizers:
         raise ValueError(
-            f"HybridOptimizer takes a mapping of names to optimizers, e.g. "
-            f"{{'other': AdamW(...), 'matrix': Muon(...)}}, got "
-            f"{optimizers!r}. To partition a module use HybridOptimizer.from_module."
+            "HybridOptimizer takes a mapping of names to optimizers, e.g. {'other': AdamW(...), 'matrix': Muon(...)}, "
+            f"got {optimizers!r}. To partition a module use HybridOptimizer.from_module."
         )
     for name, child in optimizers.items():
         if not isinstance(child, Optimizer):
@@ -275,18 +274,17 @@ def _check_names(groups: Iterable[dict[str, Any]]) -> None:
 def _shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
     """What generic code looks up in ``defaults``: OneCycleLR and LearningRateMonitor ask for momentum there.
 
-    ``betas`` stays out: with it they would read and write ``betas`` of every group and miss Muon's momentum. Groups
-    with betas show the first as ``momentum``, for logging.
+    ``betas`` stays out: with it they would read and write ``betas`` of every group and miss Muon's momentum.
     """
-    defaults: dict[str, Any] = {}
+    children = optimizers.values()
+    return {key: child.defaults[key] for child in children for key in ("lr", "momentum") if key in child.defaults}
+
+
+def _fill_groups(optimizers: Mapping[str, Optimizer]) -> None:
+    """Give every group a momentum, for logging, so that none takes another child's from the shared defaults."""
     for child in optimizers.values():
-        for key in ("lr", "momentum"):
-            if key in child.defaults:
-                defaults[key] = child.defaults[key]
         for group in child.param_groups:
             group.setdefault("momentum", group["betas"][0] if "betas" in group else 0.0)
-            group.setdefault("lr", child.defaults.get("lr", 0.0))
-    return defaults
 
 
 def _set_param_names(group: dict[str, Any], partition: Partition | None) -> None:
@@ -297,7 +295,7 @@ def _set_param_names(group: dict[str, Any], partition: Partition | None) -> None
         group["param_names"] = [known.get(id(p), f"{group['name']}[{index}]") for index, p in parameters]
 
 
-def _build(factory: OptimizerFactory, groups: list[dict[str, Any]], partition: Partition) -> Optimizer:
+def _build(factory: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
     allowed = {"params", "param_names", "name", "layouts"}
     options = {key for group in groups for key in group} - allowed
     for group in groups:

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
+from lightning_muon.optim.arguments import check_choice, check_non_negative, check_parameter, dtype_name
 from lightning_muon.optim.checkpoint import restore_exactly
 from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
 from lightning_muon.partition import MatrixLayout
@@ -101,10 +101,10 @@ class MatrixOptimizer(Optimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ``ValueError`` for options of a param group that are out of range. Rules extend it for their own."""
-        _check_non_negative(group, "lr")
-        _check_non_negative(group, "weight_decay")
-        _check_choice(group, "lr_scale", tuple(_SCALES))
-        _check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
+        check_non_negative(group, "lr")
+        check_non_negative(group, "weight_decay")
+        check_choice(group, "lr_scale", tuple(_SCALES))
+        check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
         group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -161,8 +161,7 @@ class MatrixOptimizer(Optimizer):
         return handle
 
     def momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        r"""Exponential moving average :math:`M \leftarrow \mu M + (1-\mu) G`, with Nesterov's look-ahead if the group
-        has it.
+        r"""Moving average :math:`M \leftarrow \mu M + (1-\mu) G`, looking ahead if the group has ``nesterov``.
 
         Uses ``state["momentum_buffer"]`` and overwrites ``grad``. The result must not be modified: without
         ``nesterov`` it is the buffer.
@@ -199,14 +198,12 @@ class MatrixOptimizer(Optimizer):
             raise ValueError(f"A group of {len(parameters)} parameters needs as many layouts, got {len(layouts)}.")
         wanted = [self.layouts.get(parameter) for parameter in parameters] if layouts is None else layouts
         return {
-            parameter: _check_parameter(parameter, name, layout)
+            parameter: check_parameter(parameter, name, layout)
             for parameter, name, layout in zip(parameters, _names(group), wanted, strict=True)
         }
 
     def _refresh_stacks(self) -> None:
-        """Stacks for the parameters that take part now, bound to ``self.state``; built anew only where something
-        changed.
-        """
+        """Bring the stacks up to date with the parameters that take part now, and bind them to ``self.state``."""
         del self._stacks[len(self.param_groups) :], self._signatures[len(self.param_groups) :]
         for index, group in enumerate(self.param_groups):
             active = [p for p in group["params"] if p.requires_grad or p.grad is not None]
@@ -237,14 +234,14 @@ class MatrixOptimizer(Optimizer):
         ]
         if not watched:
             return set()
-        finite = torch.stack([parameter.grad.isfinite().all().to(watched[0][0].device) for parameter, *_ in watched])
+        device = watched[0][0].device
+        finite = torch.stack([_dense_grad(p, name).isfinite().all().to(device) for p, name, _ in watched])
         bad = [entry for entry, ok in zip(watched, finite.tolist(), strict=True) if not ok]
         raising = [name for _, name, policy in bad if policy == "raise"]
         if raising:
             raise FloatingPointError(
-                f"NaN or infinity in the gradient of {', '.join(raising)}. Lower the learning rate, clip by norm, "
-                "or set "
-                "nonfinite='skip' to leave such parameters out of the step."
+                f"NaN or infinity in the gradient of {', '.join(raising)}. Lower the learning rate, clip by norm, or "
+                "set nonfinite='skip' to leave such parameters out of the step."
             )
         return {parameter for parameter, *_ in bad}
 
@@ -258,7 +255,7 @@ class MatrixOptimizer(Optimizer):
         members = [m for m in stack.members if m.parameter.grad is not None and m.parameter not in nonfinite]
         if not members:
             return
-        grads = stack.gather(members, [_dense_grad(member) for member in members])
+        grads = stack.gather(members, [_dense_grad(member.parameter, member.name) for member in members])
         if len(members) == len(stack.members):
             direction = self.direction(grads, stack.state, group)
         else:
@@ -288,9 +285,7 @@ class MatrixOptimizer(Optimizer):
     def _observe(
         self, members: list[StackMember], parts: list[Tensor], scale: float, updates: dict[Tensor, dict[int, Tensor]]
     ) -> None:
-        """Hand each finished parameter to the observers; parameters spread over several stacks wait for their last
-        block.
-        """
+        """Tell the observers; a parameter spread over several stacks waits in ``updates`` for its last block."""
         for member, part in zip(members, parts, strict=True):
             blocks = updates.setdefault(member.parameter, {})
             blocks[member.view] = part * scale
@@ -305,21 +300,6 @@ class MatrixOptimizer(Optimizer):
                 observer(member.name, update)
 
 
-def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
-    """``"float32"`` for ``torch.float32``, ``"float32"`` or ``"torch.float32"``; param groups hold plain strings.
-
-    Raises:
-        ValueError: if it is no floating-point dtype.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{argument} must be a floating-point dtype such as 'float32', or None, got {dtype!r}.")
-    return name
-
-
 def _names(group: dict[str, Any]) -> list[str]:
     names = group.get("param_names")
     if names is not None:
@@ -327,56 +307,13 @@ def _names(group: dict[str, Any]) -> list[str]:
     return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
 
 
-def _check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
-    if isinstance(parameter, DTensor):
-        raise TypeError(
-            f"{name!r} is a DTensor (FSDP2 or ModelParallelStrategy): matrix optimizers need whole matrices. Use "
-            "DDP or a single "
-            "device, or an elementwise optimizer such as torch.optim.AdamW for it."
-        )
-    if not parameter.is_floating_point():
-        raise TypeError(
-            f"{name!r} is {parameter.dtype}: matrix optimizers take floating-point parameters. Send it to another "
-            "optimizer."
-        )
-    if layout is None:
-        if parameter.ndim != 2:
-            raise ValueError(
-                f"{name!r} has shape {tuple(parameter.shape)}, which is not a matrix. Send vectors and tables to "
-                "another optimizer, "
-                "e.g. by HybridOptimizer.from_module; for convolutions or experts give the group 'layouts'."
-            )
-        return MatrixLayout()
-    try:
-        layout.check(parameter.shape)
-    except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from None
-    return layout
-
-
-def _check_non_negative(group: dict[str, Any], key: str) -> None:
-    value = group[key]
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"A tensor {key} must have one element, got shape {tuple(value.shape)}.")
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
-        raise ValueError(f"{key} must be a finite number of 0 or more, got {value!r}.")
-
-
-def _check_choice(group: dict[str, Any], key: str, choices: tuple[str, ...]) -> None:
-    if group[key] not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {group[key]!r}.")
-
-
-def _dense_grad(member: StackMember) -> Tensor:
-    grad = member.parameter.grad
-    assert grad is not None  # only called for members with a gradient
+def _dense_grad(parameter: Tensor, name: str) -> Tensor:
+    grad = parameter.grad
+    assert grad is not None  # only asked of parameters that have one
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"The gradient of {member.name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False "
-            "in the "
-            "module that made it, or torch.optim.SparseAdam for this parameter."
+            f"The gradient of {name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False in the module "
+            "that made it, or torch.optim.SparseAdam for this parameter."
         )
     return grad
 

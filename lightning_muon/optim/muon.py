@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod, orthogonalize
 from lightning_muon.linalg.orthogonalize import check_orthogonalization
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite, dtype_name
+from lightning_muon.optim.arguments import dtype_name
+from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
 
 
 class Muon(MatrixOptimizer):

@@ -115,8 +115,7 @@ class MatrixStack:
                 if tensor.shape[:1] != (self.size,):
                     raise ValueError(
                         f"init_state must return tensors of shape (B, ...) with B = {self.size} here; {key!r} has "
-                        "shape "
-                        f"{tuple(tensor.shape)}."
+                        f"shape {tuple(tensor.shape)}."
                     )
         for member in self.members:
             saved = optimizer_state[member.parameter]

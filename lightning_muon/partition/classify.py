@@ -18,7 +18,7 @@ from lightning_muon.partition.roles import MatrixLayout, Partition, Role
 from lightning_muon.partition.rules import ParameterRule
 from lightning_muon.partition.sites import Site, walk
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _GATES = {"GRU": 3, "LSTM": 4, "GRUCell": 3, "LSTMCell": 4}
 _BIAS = re.compile(r"(^|_)bias(_|$)")
 _ROUTER = re.compile(r"(^|_)routers?(_|$)", re.IGNORECASE)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_muon.partition.fused import Blocks, fused_blocks
 from lightning_muon.partition.sites import Site
 
 _HEAD_NAMES = {
@@ -34,6 +35,8 @@ _HEAD_NAMES = {
     "score",
     "to_logits",
 }
+# Names that hidden layers have too: they count only where the width is that of no hidden state.
+_LIKELY_NAMES = {"fc_out", "final_layer", "out", "out_layer", "output", "output_layer", "predictor"}
 _CLASS_COUNTS = ("num_classes", "n_classes", "num_labels", "vocab_size", "num_items", "n_items", "num_tokens")
 _COMPOSITES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -84,7 +87,7 @@ def find_heads(module: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
     """
     leaves = _leaves(sites)
     heads, declared = _declared(module)
-    found = [*_named(leaves), *_of_hugging_face(leaves)]
+    found = [*_named(leaves, sites), *_of_hugging_face(leaves)]
     # A single output may also be a score inside the model, as in attention pooling: no reason to stop looking.
     certain = declared or heads or any(leaf.fan_out > 1 for leaf, _ in found) or _has_tied_head(sites)
     if not certain:
@@ -133,19 +136,27 @@ def _declared(module: nn.Module) -> tuple[dict[int, str], bool]:
     return heads, declared
 
 
-def _named(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
+def _named(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
     """The last layer of each part with a head's name, where no later layer takes its output."""
     last: dict[tuple[str, ...], int] = {}
     for index, leaf in enumerate(leaves):
         for depth, name in enumerate(leaf.site.path):
-            if name in _HEAD_NAMES and leaf.fan_out and not any(_repeated(leaf, outer) for outer in range(depth)):
-                last[leaf.site.path[: depth + 1]] = index
+            if (
+                name in _HEAD_NAMES | _LIKELY_NAMES
+                and leaf.fan_out
+                and not any(_repeated(leaf, outer) for outer in range(depth))
+            ):
+                # peft keeps the original head beside the trained copy: both are heads.
+                copies = leaf.site.path[depth + 1 : depth + 2] in (("original_module",), ("modules_to_save",))
+                last[leaf.site.path[: depth + 1 + copies]] = index
                 break
     found = []
     for path, index in last.items():
         leaf = leaves[index]
-        if not any(other.fan_in == leaf.fan_out for other in leaves[index + 1 :]):
-            found.append((leaf, f"Output head: the last layer of {path[-1]!r}, and no layer follows it."))
+        named = next(name for name in reversed(path) if name in _HEAD_NAMES | _LIKELY_NAMES)
+        likely_hidden = named in _LIKELY_NAMES and (_inside_known(leaf) or _looks_hidden(leaf, leaves, sites))
+        if not likely_hidden and not any(other.fan_in == leaf.fan_out for other in leaves[index + 1 :]):
+            found.append((leaf, f"Output head: the last layer of {named!r}, and no layer follows it."))
     return found
 
 
@@ -175,18 +186,16 @@ def _last_layer(module: nn.Module, leaves: Sequence[Leaf], sites: Sequence[Site]
 
     Signs: it belongs to a repeated block, an attention or transformer layer, or a Hugging Face base model; it is as
     wide as an embedding or a norm (the width of the residual stream; in a model scored against its embeddings the last
-    layer writes there); another layer, other than the first, takes inputs of this width; another branch ends in the
-    same width (two towers that meet in a dot product). A convolution also needs to be pointwise or to return to the
-    channels of the input. The last layer of a plain ``nn.Sequential`` model is a head whatever its width, and so is
-    one with as many outputs as a module around it says there are classes, labels, tokens or items.
+    layer writes there); another layer, other than the first, takes inputs of this width; it fuses several maps; another
+    branch ends in the same width (two towers that meet in a dot product). A convolution also needs to be pointwise or
+    to return to the channels of the input. The last layer of a plain ``nn.Sequential`` model is a head whatever its
+    width, and so is one with as many outputs as a module around it says there are classes, labels, tokens or items.
     """
     trainable = [leaf for leaf in leaves if leaf.site.parameter.requires_grad] or list(leaves)
-    last = _final(trainable)
-    if last is None or last.site.owner is module or not last.fan_out:
+    if not trainable or trainable[-1].site.owner is module or not trainable[-1].fan_out:
         return []
-    if any(_is_hugging_face(part) or isinstance(part, _COMPOSITES) for part in last.modules):
-        return []
-    if any(_repeated(last, depth) for depth in range(len(last.site.path))):
+    last = trainable[-1]
+    if _inside_known(last) or any(_repeated(last, depth) for depth in range(len(last.site.path))):
         return []
     if isinstance(last.site.owner, _CONVS) and not _is_output_conv(last, trainable):
         return []
@@ -205,17 +214,9 @@ def _last_layer(module: nn.Module, leaves: Sequence[Leaf], sites: Sequence[Site]
     return [(last, reason), *((leaf, beside) for leaf in _parallel(last, trainable))]
 
 
-def _final(leaves: Sequence[Leaf]) -> Leaf | None:
-    """The last leaf; if an earlier leaf takes its output and none feeds it, the one leaf whose output none takes."""
-    if not leaves:
-        return None
-    last, earlier = leaves[-1], leaves[:-1]
-    fed = any(leaf.fan_out == last.fan_in for leaf in earlier)
-    if fed or not any(leaf.fan_in == last.fan_out for leaf in earlier):
-        return last
-    inputs = {leaf.fan_in for leaf in leaves}
-    ends = [leaf for leaf in leaves if leaf.fan_out not in inputs]
-    return ends[0] if len(ends) == 1 else None
+def _inside_known(leaf: Leaf) -> bool:
+    """Whether the leaf is part of a Hugging Face model or of a transformer layer of torch."""
+    return any(_is_hugging_face(part) or isinstance(part, _COMPOSITES) for part in leaf.modules)
 
 
 def _is_hugging_face(module: nn.Module) -> bool:
@@ -267,6 +268,8 @@ def _looks_hidden(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Site]) -> 
         if "norm" in type(owner).__name__.lower() and site.local == "weight" and shape[-1:] == (last.fan_out,):
             return True
     if any(leaf.fan_in == last.fan_out for leaf in leaves[1:]):
+        return True
+    if fused_blocks(last.site.owner_name, last.site.parent, last.fan_out, last.fan_in) != Blocks():
         return True
     return any(leaf.fan_out == last.fan_out and _ends_branch(leaf, last, leaves) for leaf in leaves if leaf is not last)
 

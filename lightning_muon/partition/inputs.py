@@ -42,6 +42,8 @@ def find_input_stems(sites: Sequence[Site]) -> dict[int, str]:
                 patch_embeddings.add(id(patches))
                 stems[id(site.parameter)] = "Input stem: the first layer of a patch embedding."
             widths.add(shape[1])
+        elif isinstance(owner, nn.Embedding):
+            widths.add(owner.embedding_dim)
         first = False
     return stems
 

@@ -142,7 +142,7 @@ def near_names(name: str, candidates: Collection[str], limit: int = 5) -> str:
     if close:
         return f"Near names: {', '.join(close)}."
     first = list(candidates)[:limit]
-    return f"Names: {', '.join(first)}{', ...' if len(candidates) > len(first) else ''}."
+    return f"Names: {', '.join(first)}{', ...' if len(candidates) > len(first) else '.'}"
 
 
 def unmatched(rule: ParameterRule, names: Sequence[str], roles: Sequence[str], owners: Sequence[str]) -> ValueError:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_muon.optim import HybridOptimizer, Muon
-from tests.distributed import processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
+
+from lightning_muon.optim import HybridOptimizer, Muon
+from tests.distributed import processes
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +72,9 @@ def trained(rank: int, checkpoint: str) -> dict[str, Any]:
 
 
 def state_tensors(result: dict[str, Any]) -> list[Tensor]:
-    return [value for entry in result["state"]["state"].values() for value in entry.values() if isinstance(value, Tensor)]
+    return [
+        value for entry in result["state"]["state"].values() for value in entry.values() if isinstance(value, Tensor)
+    ]
 
 
 def unequal(rank: int, checkpoint: str) -> dict[str, Any]:

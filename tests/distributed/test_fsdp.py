@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_muon.optim import HybridOptimizer, Muon
-from tests.distributed import processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
+
+from lightning_muon.optim import HybridOptimizer, Muon
+from tests.distributed import processes
 
 pytestmark = pytest.mark.distributed
 

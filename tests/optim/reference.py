@@ -1,6 +1,7 @@
 """Muon in float64, one matrix and one equation at a time. It shares no code with the package.
 
-W parameter, G gradient, M momentum buffer, O orthogonalized momentum, all read as matrices of m rows (fan-out) and n columns (fan-in):
+W parameter, G gradient, M momentum buffer, O orthogonalized momentum, all read as matrices of m rows (fan-out) and
+n columns (fan-in):
 
     M <- mu M + (1 - mu) G
     N  = mu M + (1 - mu) G     with Nesterov, else M
@@ -60,7 +61,7 @@ POLYNOMIALS: dict[str, list[tuple[float, float, float]]] = {
 DEFAULT_STEPS = {"jordan": 5, "you": 5, "polar_express": 5, "cans": 5, "deepseek": 10, "simple": 12, "cubic": 5}
 ITERATIVE_METHODS = tuple(POLYNOMIALS)
 METHODS = (*ITERATIVE_METHODS, "svd")
-# These two grow above 1 (their first polynomial has slope 26 there): what bfloat16 rounds up would diverge without a margin.
+# These two grow above 1 (their first polynomial is steep there): what is rounded up would diverge without a margin.
 SAFETY = {"polar_express": 1.01, "cans": 1.01}
 LR_SCALES = ("match_rms_adamw", "original", "spectral", "none")
 
@@ -196,7 +197,9 @@ class ReferenceMuon:
         for index in matrix_indices(param.shape, layout):
             weight = param.flatten()[index]
             m, n = weight.shape
-            update = orthogonalize(momentum.flatten()[index], self.method, self.steps) * shape_scale(self.lr_scale, m, n)
+            update = orthogonalize(momentum.flatten()[index], self.method, self.steps) * shape_scale(
+                self.lr_scale, m, n
+            )
             decayed = weight
             if self.cautious:
                 decayed = torch.where(weight * update >= 0, weight, torch.zeros_like(weight))

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from lightning_muon.optim import HybridOptimizer, Muon
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from lightning_muon.optim import HybridOptimizer, Muon
 
 MATRIX_SHAPES = ((6, 4), (4, 6), (5, 5), (6, 4))
 VECTOR_SHAPES = ((5,), (7,), (3, 4))
@@ -80,7 +82,9 @@ def _hybrid(bag: Bag, lr: Any = 0.02, weight_decay: float = 0.1, **options: Any)
 
 
 def _adamw(bag: Bag, lr: Any = 0.02, weight_decay: float = 0.1, **options: Any) -> Optimizer:
-    options = {key: value for key, value in options.items() if key not in ("momentum", "nesterov", "nonfinite", "state_dtype")}
+    options = {
+        key: value for key, value in options.items() if key not in ("momentum", "nesterov", "nonfinite", "state_dtype")
+    }
     return AdamW(list(bag.named_parameters()), lr=lr, weight_decay=weight_decay, eps=EPS, **options)
 
 
@@ -89,6 +93,12 @@ HYBRID = Subject("hybrid", VECTOR_SHAPES, _hybrid)
 ADAMW = Subject("adamw", VECTOR_SHAPES, _adamw)
 OURS = (MUON, HYBRID)
 ALL = (MUON, HYBRID, ADAMW)  # torch's own AdamW shows that a test asks for no more than torch gives
+
+over_all = pytest.mark.parametrize("subject", ALL, ids=lambda subject: subject.name)
+over_ours = pytest.mark.parametrize("subject", OURS, ids=lambda subject: subject.name)
+over_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).split(".")[1]
+)
 
 
 def set_grads(bag: nn.Module, seed: int, scale: float = 1.0) -> None:
@@ -129,3 +139,32 @@ def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
 def reload(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict as if it had been to disk and back."""
     return copy.deepcopy(state)
+
+
+def trained(
+    subject: Subject, dtype: torch.dtype = torch.float32, steps: int = 3, **options: Any
+) -> tuple[Bag, Optimizer]:
+    bag, optimizer = subject.pair(dtype, **options)
+    advance(bag, optimizer, range(steps))
+    return bag, optimizer
+
+
+def fresh(subject: Subject, values_of: Bag, dtype: torch.dtype | None = None, **options: Any) -> tuple[Bag, Optimizer]:
+    """A new process: another model with the same weights, another optimizer without state."""
+    bag = subject.bag(dtype or values_of.w0.dtype, seed=5)
+    for param, value in zip(bag.parameters(), values_of.parameters(), strict=True):
+        param.data.copy_(value.data)
+    return bag, subject.build(bag, **options)
+
+
+def assert_go_on_alike(
+    first: tuple[Bag, Optimizer], second: tuple[Bag, Optimizer], steps: range = range(10, 13)
+) -> None:
+    assert_same_bits(snapshot(*first), snapshot(*second))
+    advance(*first, steps)
+    advance(*second, steps)
+    assert_same_bits(snapshot(*first), snapshot(*second))
+
+
+def close(first: Tensor, second: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=tolerance)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_muon.optim import Muon
 from torch import Tensor, nn
+
+from lightning_muon.optim import Muon
 
 SHAPES = {"m>n": (24, 10), "m<n": (10, 24), "m=n": (16, 16)}
 

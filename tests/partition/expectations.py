@@ -12,9 +12,9 @@ from lightning_muon.partition import ParameterAssignment, Partition, partition_p
 def assert_partition(module: nn.Module, expected: str) -> Partition:
     """Check every parameter of a module against a table.
 
-    A line is ``glob xcount role [layout | layout ...]``. The first glob that matches a parameter speaks for it; each line
-    must speak for exactly ``count`` parameters. Hidden parameters go to the group matrix and are read as the line says;
-    where it lists several layouts, all of them occur. All others go to the group other, without a layout.
+    A line is ``glob xcount role [layout | layout ...]``. The first glob that matches a parameter speaks for it; each
+    line must speak for exactly ``count`` parameters. Hidden parameters go to the group matrix and are read as the line
+    says; where it lists several layouts, all of them occur. All others go to the group other, without a layout.
     A layout is what :func:`layout_text` gives.
     """
     partition = partition_parameters(module)

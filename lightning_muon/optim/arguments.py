@@ -1,0 +1,73 @@
+"""Checks of parameters and options, with the mend in the message."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_muon.partition import MatrixLayout
+
+
+def check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
+    """The layout that a parameter is read in: the given one, or as it is if it is a matrix.
+
+    Raises:
+        TypeError: if it is sharded or not floating point.
+        ValueError: if it cannot be read as matrices.
+    """
+    if isinstance(parameter, DTensor):
+        raise TypeError(
+            f"{name!r} is a DTensor (FSDP2 or ModelParallelStrategy): matrix optimizers need whole matrices. Use DDP "
+            "or a single device, or an elementwise optimizer such as torch.optim.AdamW for it."
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name!r} is {parameter.dtype}: matrix optimizers take real floating-point parameters only.")
+    if layout is None:
+        if parameter.ndim != 2:
+            raise ValueError(
+                f"{name!r} has shape {tuple(parameter.shape)}, which is not a matrix. Send vectors and tables to "
+                "another optimizer, e.g. by HybridOptimizer.from_module; for convolutions or experts give the group "
+                "'layouts'."
+            )
+        return MatrixLayout()
+    try:
+        layout.check(parameter.shape)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+    return layout
+
+
+def check_non_negative(group: dict[str, Any], key: str) -> None:
+    """Raise ``ValueError`` unless an option is a finite number of 0 or more, or a tensor that holds one."""
+    value = group[key]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"A tensor {key} must have one element, got shape {tuple(value.shape)}.")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+        raise ValueError(f"{key} must be a finite number of 0 or more, got {value!r}.")
+
+
+def check_choice(group: dict[str, Any], key: str, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless an option is one of the choices."""
+    if group[key] not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {group[key]!r}.")
+
+
+def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
+    """``"float32"`` for ``torch.float32``, ``"float32"`` or ``"torch.float32"``; param groups hold plain strings.
+
+    Raises:
+        ValueError: if it is no floating-point dtype.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{argument} must be a floating-point dtype such as 'float32', or None, got {dtype!r}.")
+    return name

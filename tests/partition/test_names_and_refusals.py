@@ -1,0 +1,159 @@
+"""Names without the prefixes of wrappers, and modules that no partition can serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_muon.partition import ParameterRule, partition_parameters
+
+
+class Net(nn.Module):
+    """A user's module with an attribute called ``module``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(8, 16)
+        self.out = nn.Linear(16, 4)
+
+
+PLAIN = ["module.weight", "module.bias", "out.weight", "out.bias"]
+
+
+def names(module: nn.Module) -> list[str]:
+    return [entry.name for entry in partition_parameters(module)]
+
+
+# Names
+
+
+def test_an_attribute_called_module_keeps_its_name():
+    assert names(Net()) == PLAIN
+
+
+def test_compiled_modules():
+    assert names(torch.compile(Net())) == PLAIN
+    net = Net()
+    net.module = torch.compile(net.module)
+    assert names(net) == PLAIN
+
+
+def test_activation_checkpointing():
+    net = Net()
+    net.module = checkpoint_wrapper(net.module)
+    assert names(net) == PLAIN
+
+
+def test_data_parallel_wrappers():
+    assert names(nn.DataParallel(Net())) == PLAIN
+    assert names(AveragedModel(Net())) == PLAIN
+    assert names(nn.DataParallel(torch.compile(Net()))) == PLAIN
+
+
+def test_fabric():
+    """Fabric registers a module twice: forward and original."""
+    fabric_module = pytest.importorskip("lightning.fabric.wrappers")._FabricModule
+    partition = partition_parameters(fabric_module(Net(), None))
+    assert [entry.name for entry in partition] == PLAIN
+    assert all(entry.aliases == () for entry in partition)
+
+
+def test_lightning_module():
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Model(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"num_classes": 4})
+            self.net = Net()
+
+    partition = partition_parameters(Model())
+    assert [entry.name for entry in partition] == [f"net.{name}" for name in PLAIN]
+    assert partition["net.out.weight"].role == "head"
+
+
+def test_rules_see_clean_names():
+    rule = ParameterRule(pattern="module.weight", group="other")
+    assert partition_parameters(torch.compile(Net()), [rule])["module.weight"].group == "other"
+
+
+def test_names_follow_the_module_order():
+    net = nn.Sequential(nn.LSTM(4, 4), Net(), nn.Embedding(3, 4))
+    assert names(net) == [name for name, _ in net.named_parameters()]
+
+
+# Refusals
+
+
+def sparse_model() -> nn.Module:
+    return nn.ModuleDict({"films": nn.Embedding(100, 8, sparse=True), "out": nn.Linear(8, 3)})
+
+
+def test_sparse_embedding():
+    with pytest.raises(ValueError, match=r"'films.weight' has sparse=True.*sparse=False.*pattern: 'films.weight'"):
+        partition_parameters(sparse_model())
+
+
+def test_sparse_embedding_confirmed_by_a_rule():
+    partition = partition_parameters(sparse_model(), [ParameterRule(role="embedding", group="other")])
+    assert partition["films.weight"].group == "other"
+
+
+def test_frozen_sparse_embedding():
+    model = sparse_model()
+    model["films"].requires_grad_(False)
+    assert partition_parameters(model)["films.weight"].frozen
+
+
+def test_sparse_bag():
+    with pytest.raises(ValueError, match="sparse=True"):
+        partition_parameters(nn.EmbeddingBag(10, 4, sparse=True))
+
+
+def test_complex_parameters():
+    layer = nn.Linear(8, 8, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"'weight' is complex.*view_as_real.*group: other"):
+        partition_parameters(layer)
+    partition = partition_parameters(layer, [ParameterRule(pattern="*", group="other")])
+    assert partition["weight"].group == "other"
+    with pytest.raises(ValueError, match="complex"):
+        partition_parameters(layer, [ParameterRule(pattern="weight", group="matrix")])
+
+
+def test_lazy_parameters():
+    with pytest.raises(ValueError, match=r"'weight' of a lazy module has no shape yet. Run one forward pass"):
+        partition_parameters(nn.LazyLinear(4))
+
+
+def test_fsdp1_by_its_type():
+    """A stand-in of the same name: building the real one needs a process group."""
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._fsdp_wrapped_module = inner
+
+    with pytest.raises(ValueError, match=r"FSDP1.*'encoder'.*ModelParallelStrategy.*fully_shard"):
+        partition_parameters(nn.ModuleDict({"encoder": FullyShardedDataParallel(Net())}))
+
+
+def test_fsdp1_flat_parameter():
+    net = Net()
+    net.out.weight._is_flat_param = True
+    with pytest.raises(ValueError, match=r"'out.weight' is a flat shard.*FSDP2"):
+        partition_parameters(net)
+
+
+def test_zero_3():
+    net = Net()
+    net.out.weight.ds_id = 3
+    with pytest.raises(ValueError, match=r"ZeRO-3.*'out.weight'.*FSDP2"):
+        partition_parameters(net)
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match=r"needs a torch.nn.Module, got list"):
+        partition_parameters([nn.Parameter(torch.zeros(2, 2))])  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Sequential recommenders trained with Muon: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``."""
+"""Sequential recommenders: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``."""

@@ -5,13 +5,13 @@ After ``fit`` the best checkpoint is tested, and the popularity baseline beside 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import rich
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType
 from rich.table import Table
 
-import examples.recsys.data  # its classes can then be named without their module
-import examples.recsys.models
 from examples.recsys.data import SequenceDataModule
 from examples.recsys.models import Popularity, Recommender
 from lightning_muon import MuonCLI
@@ -31,16 +31,14 @@ class RecommenderCLI(MuonCLI):
             rich.get_console().print(comparison(type(self.model).__name__, metrics, baseline))
 
 
-def popularity_metrics(data: SequenceDataModule) -> dict[str, float]:
+def popularity_metrics(data: SequenceDataModule) -> Mapping[str, float]:
     """Test metrics of the popularity baseline, in this process alone."""
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
     (metrics,) = trainer.test(Popularity(data.num_items), datamodule=data, verbose=False)
     return metrics
 
 
-def comparison(name: str, metrics: dict[str, float], baseline: dict[str, float]) -> Table:
+def comparison(name: str, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> Table:
     """A row a test metric: the model, the baseline and how many times as much the model has."""
     table = Table("test metric", name, "popularity", "ratio", title="Test of the best checkpoint")
     for key, value in metrics.items():

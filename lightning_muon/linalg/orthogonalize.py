@@ -34,7 +34,7 @@ def orthogonalize(
     ================= ===== ============== ==========================================================================
     ``jordan``        5     0.68 to 1.14   K. Jordan, https://kellerjordan.github.io/posts/muon; ``torch.optim.Muon``
     ``polar_express`` 5     0.86 to 1.13   Amsel et al., arXiv 2505.16932, with a safety factor of 1.01
-    ``cans``          5     0.88 to 1.12   Grishina et al., arXiv 2506.10935, with a safety factor of 1.01
+    ``cans``          5     0.87 to 1.12   Grishina et al., arXiv 2506.10935, with a safety factor of 1.01
     ``you``           5     0.97 to 1.04   J. You's coefficients, as in NVIDIA's Emerging-Optimizers
     ``deepseek``      10    1              eight steps of ``jordan``, then two of ``simple``
     ``simple``        12    1              p(x) = 2x - 1.5 x^3 + 0.5 x^5
@@ -203,7 +203,8 @@ def _normalized(stack: Tensor, safety: float, dtype: torch.dtype) -> Tensor:
         # Squares of entries below 1e-19 vanish in float32 and those above 1e19 overflow. Multiplying by a power of two
         # that brings the largest entry into [0.5, 1) first rounds nothing, so that both ways give the same bits.
         largest = torch.maximum(flat.amax(dim=1), flat.amin(dim=1).neg_())
-        exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
+        bound = 1022 if wide.dtype == torch.float64 else 126  # beyond it the power of two is not representable
+        exponent = torch.frexp(largest).exponent.clamp_(-bound, bound).to(wide.dtype)
         wide = torch.ldexp(wide, -exponent[:, None, None])
         norm = torch.linalg.vector_norm(wide.flatten(1), dim=1).clamp_(min=0.5)  # the clamp acts on zero alone
     return torch.div(wide, norm.mul_(safety)[:, None, None], out=torch.empty_like(wide, dtype=dtype))

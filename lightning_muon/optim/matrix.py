@@ -312,8 +312,8 @@ def _dense_grad(parameter: Tensor, name: str) -> Tensor:
     assert grad is not None  # only asked of parameters that have one
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"The gradient of {name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False in the module "
-            "that made it, or torch.optim.SparseAdam for this parameter."
+            f"The gradient of {name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False in the "
+            "module that made it, or torch.optim.SparseAdam for this parameter."
         )
     return grad
 
@@ -331,7 +331,7 @@ def _decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor,
     if cautious:
         for target, update in zip(targets, updates, strict=True):
             target.mul_(1 - amount * (update * target >= 0).to(target.dtype))
-    elif targets[0].is_cuda:
+    elif targets[0].is_cuda and not isinstance(amount, Tensor):
         torch._foreach_mul_(targets, 1 - amount)
     else:
         # On a CPU the foreach form copies each target, and a Python number is converted anew for each.

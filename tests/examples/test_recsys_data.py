@@ -178,7 +178,9 @@ class TestAmazonReviews2014:
 
     def test_a_file_that_was_cut_short_gets_a_sentence(self, tmp_path):
         (tmp_path / "Beauty.txt").write_text("1 1 2 3\n2 4 5 6\n")
-        with pytest.raises(ValueError, match=r"has 2 users, 6 items and 6 interactions, but the published Beauty 5-core"):
+        with pytest.raises(
+            ValueError, match=r"has 2 users, 6 items and 6 interactions, but the published Beauty 5-core"
+        ):
             AmazonReviews2014(data_dir=str(tmp_path)).setup("fit")
 
     def test_reviews_are_read_as_json_or_python_and_ordered_by_day(self, tmp_path):

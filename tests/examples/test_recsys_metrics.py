@@ -29,7 +29,8 @@ def retrieval(metric: type, k: int, scores: Tensor, targets: Tensor, kept: Tenso
     kept = torch.ones_like(scores, dtype=torch.bool) if kept is None else kept
     relevant = torch.nn.functional.one_hot(targets, scores.shape[1]).bool()
     users = torch.arange(len(scores))[:, None].expand_as(scores)
-    return float(metric(top_k=k)(scores[kept], relevant[kept], indexes=users[kept]))
+    # RetrievalRecall takes a score of zero or less for "not retrieved".
+    return float(metric(top_k=k)(scores.sigmoid()[kept], relevant[kept], indexes=users[kept]))
 
 
 def ours(metric: type, k: int, ranks: Tensor) -> float:
@@ -98,7 +99,12 @@ def test_mean_weighs_samples_not_batches():
     ("scores", "targets", "exclude", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), None, r"targets \(B,\), got \(2, 3\) and \(3,\)"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), None, "targets must hold columns from 0 to 2, got values from 0 to 3"),
+        (
+            torch.zeros(2, 3),
+            torch.tensor([0, 3]),
+            None,
+            "targets must hold columns from 0 to 2, got values from 0 to 3",
+        ),
         (torch.zeros(2, 3), torch.tensor([0, -1]), None, "targets must hold columns from 0 to 2, got values from -1"),
         (torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([[5], [0]]), "exclude must hold columns from -1 to 2"),
         (torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([[1]]), r"exclude must be \(2, S\)"),

@@ -243,6 +243,23 @@ def test_batch_equals_one_at_a_time(method: str, shape: tuple[int, int], dtype: 
             torch.testing.assert_close(together[i, j], alone, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("neighbour", [0.0, 1e-30, 1e30, math.nan])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_a_strange_neighbour_changes_no_bit(method: str, neighbour: float) -> None:
+    """What happens to one matrix of a batch must not choose how the others are computed."""
+    x = torch.randn(4, 6, 9)
+    plain = orthogonalize(x, method=method, dtype=torch.float32)
+    x[1] *= neighbour
+    assert torch.equal(orthogonalize(x, method=method, dtype=torch.float32)[[0, 2, 3]], plain[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-40, 1e40, 1e200, 1e300])
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_scale_of_float64_input_does_not_matter(method: str, scale: float) -> None:
+    x = torch.randn(2, 6, 9, dtype=torch.float64)
+    torch.testing.assert_close(orthogonalize(x * scale, method), orthogonalize(x, method), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_nonfinite_stays_in_its_matrix(method: str, bad: float) -> None:

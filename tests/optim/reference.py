@@ -130,6 +130,8 @@ class Layout:
 
 def matrix_indices(shape: Sequence[int], layout: Layout) -> list[Tensor]:
     """For each matrix of a tensor the (m, n) flat indices of its elements, collected row by row."""
+    if math.prod(shape) == 0:
+        return []
     index = torch.arange(math.prod(shape)).reshape(tuple(shape))
     matrices = []
     for position in itertools.product(*(range(size) for size in shape[: layout.batch_dims])):

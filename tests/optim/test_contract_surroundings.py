@@ -218,6 +218,21 @@ def test_compiled_step(subject: Subject, rate: str) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_steps_of_many_models_and_dtypes() -> None:
+    """Fault 23: the second model in a process meets no recompile limit."""
+    torch._dynamo.reset()
+    for seed in range(10):
+        dtype = (torch.float32, torch.bfloat16, torch.float64)[seed % 3]
+        bag = Bag(matrices=[(2 + seed, 4), (5, 3 + seed)], dtype=dtype)
+        optimizer = MUON.build(bag)
+        before = bag.values()
+        set_grads(bag, seed)
+        torch.compile(optimizer.step, backend="eager")()
+        assert all(not torch.equal(old, new) for old, new in zip(before, bag.values(), strict=True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
 def test_step_inside_a_compiled_training_step() -> None:
     torch._dynamo.reset()
     bag, optimizer = MUON.pair()

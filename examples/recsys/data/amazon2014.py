@@ -43,13 +43,13 @@ class AmazonReviews2014(SequenceDataModule):
     Reads ``{category}.txt`` in ``data_dir``, one user a line: ``user item item ...``, oldest first, ids from 1. Without
     ``data_dir`` it downloads the reviews and writes that file to ``cache_dir`` once.
 
-    Reviews bear a day and no hour, and a quarter of the test items depends on the order within a day. Here it is that of
-    the source file, so figures from a downloaded copy and from another ``{category}.txt`` differ by that alone.
+    Reviews bear a day and no hour. Reviews of the same day are in the order of the source file here, and which item is
+    tested depends on it: figures from a download and from another ``{category}.txt`` differ by that alone.
 
     Args:
         category: ``Beauty``, ``Toys_and_Games`` or ``Sports_and_Outdoors``.
         data_dir: folder that holds ``{category}.txt``; None downloads.
-        cache_dir: where the download goes; default ``lightning_muon/amazon2014`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        cache_dir: where downloads go; None for ``lightning_muon/amazon2014`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         base_url: folder on the web that holds ``reviews_{category}_5.json.gz``.
         **kwargs: of :class:`SequenceDataModule`.
 

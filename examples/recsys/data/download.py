@@ -48,8 +48,8 @@ def download_gzip(url: str, path: Path, attempts: int = 5) -> Path:
         size = part.stat().st_size
         part.unlink()
         raise ValueError(
-            f"{url} sent {size} bytes that are not a whole gzip file ({fault}): check the address in a browser; a proxy "
-            "or a login page may answer in place of the server."
+            f"{url} sent {size} bytes that are not a whole gzip file ({fault}): check the address in a browser; a "
+            "proxy or a login page may answer in place of the server."
         )
     return part.replace(path)
 

@@ -66,7 +66,9 @@ class UserSequences:
             try:
                 user, *sequence = map(int, line.split())
             except ValueError:
-                raise ValueError(f"{path}, line {number}: expected 'user item item ...' as integers, got {line[:60]!r}.")
+                raise ValueError(
+                    f"{path}, line {number}: expected 'user item item ...' as integers, got {line[:60]!r}."
+                ) from None
             if not sequence:
                 raise ValueError(f"{path}, line {number}: user {user} has no items: drop users without any.")
             sequences.append(sequence)

@@ -12,10 +12,10 @@ from examples.recsys.data.sequences import UserSequences
 class SyntheticSequences(SequenceDataModule):
     """Users who walk around a ring of item clusters, each with a stride of their own.
 
-    The clusters form a ring. A user draws a stride from 1 to ``num_strides`` and keeps it; the next item lies ``stride``
-    clusters further, or with probability ``noise`` in a random cluster; within a cluster the r-th item has a weight of
-    1 / r. So the last item alone leaves ``num_strides`` clusters open and the last two tell which one, while popularity
-    knows no more than the weights.
+    A user draws a stride from 1 to ``num_strides`` and keeps it; the next item lies ``stride`` clusters further, or
+    with probability ``noise`` in a random cluster; within a cluster the r-th item has a weight of 1 / r. So the last
+    item alone leaves ``num_strides`` clusters open and the last two tell which one, while popularity knows no more than
+    the weights.
 
     Args:
         num_users: how many sequences.

@@ -51,9 +51,7 @@ class SASRec(MuonMixin, NextItemRecommender):
         self.save_hyperparameters()
         self.num_negatives = num_negatives
         self.embedding = SequenceEmbedding(num_items, max_length, hidden_size, dropout)
-        self.blocks = nn.ModuleList(
-            PreNormBlock(hidden_size, num_heads, ffn_size, dropout) for _ in range(num_blocks)
-        )
+        self.blocks = nn.ModuleList(PreNormBlock(hidden_size, num_heads, ffn_size, dropout) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(hidden_size)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -80,8 +78,8 @@ class SASRec(MuonMixin, NextItemRecommender):
 class PaperSASRec(MuonMixin, NextItemRecommender):
     """The form of the MuonRec study (arXiv 2603.00416): one block, one head, untied output, binary cross-entropy.
 
-    The queries come from the normalised input, keys and values from the input itself; there is no output projection, and
-    the residuals add normalised inputs. The feed-forward is two linear maps (in the study, convolutions of width 1).
+    The queries come from the normalised input, keys and values from the input itself; there is no output projection,
+    and the residuals add normalised inputs. The feed-forward is two linear maps (convolutions of width 1 in the study).
     It goes with ``samples: prefix`` and ``max_length: 10`` in the data.
 
     Args:
@@ -136,8 +134,8 @@ class PaperSASRec(MuonMixin, NextItemRecommender):
         return binary_cross_entropy_loss(states, targets, *self.output_layer())
 
 
-# Most of a padded batch is padding. So the layers work on the M real positions alone, row after row, as (M, d), and only
-# the attention unpacks them to (B, T).
+# Most of a padded batch is padding. So the layers work on the M real positions alone, row after row, as (M, d), and
+# only the attention unpacks them to (B, T).
 
 
 class SequenceEmbedding(nn.Module):

@@ -1,0 +1,89 @@
+"""The command line of the examples, on every configuration that ships."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.recsys.__main__ import main
+from examples.recsys.models import PaperSASRec, SASRec
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+SYNTHETIC = ["--config", str(CONFIGS / "sasrec_synthetic.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["examples.recsys"])
+
+
+def test_fit_prints_partition_and_comparison_and_tests_the_best(capsys):
+    main(["fit", *SYNTHETIC, "--trainer.max_epochs=2", "--data.num_users=200", "--trainer.enable_progress_bar=false"])
+    printed = capsys.readouterr().out
+    assert "blocks.*.attention" in printed
+    assert "popularity" in printed
+    assert "masked/ndcg@10" in printed
+    (checkpoint,) = Path("logs").rglob("best-*.ckpt")
+    (log,) = Path("logs").rglob("metrics.csv")
+    rows = list(csv.DictReader(log.open()))
+    best = max((row for row in rows if row["val/ndcg@10"]), key=lambda row: float(row["val/ndcg@10"]))
+    assert checkpoint.stem == f"best-step={int(best['step']) + 1}"
+    assert rows[-1]["test/masked/ndcg@10"]
+
+
+def test_size_of_the_catalogue_and_history_come_from_the_data():
+    cli = main(["partition", *SYNTHETIC, "--data.num_clusters=7", "--data.items_per_cluster=3", "--data.max_length=9"])
+    assert cli.model.embedding.items.weight.shape == (22, 64)
+    assert cli.model.embedding.positions.weight.shape == (9, 64)
+
+
+def test_popularity_has_its_own_line():
+    cli = main(["test", "--model=Popularity", "--data=SyntheticSequences", "--trainer.logger=false"])
+    assert 0 < cli.trainer.callback_metrics["test/masked/ndcg@10"] < 0.1
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("sasrec_*.yaml")), ids=lambda path: path.stem)
+def test_configuration_is_complete(config, capsys):
+    cli = main(["partition", "--config", str(config)])
+    assert "param groups:" in capsys.readouterr().out
+    assert isinstance(cli.model, PaperSASRec if "paper" in config.stem else SASRec)
+    groups = {group["name"]: group for group in cli.model.configure_optimizers().param_groups}
+    assert {name.split("/")[0] for name in groups} == {"matrix", "other"}
+
+
+@pytest.mark.parametrize(
+    ("piece", "matrix_class", "matrix_lr", "other_lr"),
+    [("muon", "Muon", 3e-4, 1e-3), ("adamw", "AdamW", 3e-4, 3e-4), ("adamw_two_lr", "AdamW", 3e-4, 1e-3)],
+)
+@pytest.mark.parametrize("config", ["sasrec_beauty", "sasrec_paper_beauty", "sasrec_synthetic"])
+def test_optimizer_pieces_combine_with_a_model(config, piece, matrix_class, matrix_lr, other_lr):
+    pieces = ["--config", str(CONFIGS / f"{config}.yaml"), "--config", str(CONFIGS / "optimizer" / f"{piece}.yaml")]
+    optimizer = main(["partition", *pieces]).model.configure_optimizers()
+    assert type(optimizer.optimizers["matrix"]).__name__ == matrix_class
+    assert type(optimizer.optimizers["other"]) is torch.optim.AdamW
+    rates = {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"matrix": matrix_lr, "other": other_lr}
+
+
+def test_unknown_category_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["partition", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.category=Books"])
+    assert "Toys_and_Games" in capsys.readouterr().err
+
+
+def test_missing_data_dir_gets_a_sentence():
+    with pytest.raises(FileNotFoundError, match=r"data_dir='nowhere' has no Beauty.txt"):
+        main(["fit", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.data_dir=nowhere"])
+
+
+@pytest.mark.slow
+def test_sasrec_beats_popularity_threefold_on_a_third_of_the_budget():
+    cli = main(["fit", *SYNTHETIC, "--trainer.max_epochs=10", "--trainer.enable_progress_bar=false"])
+    trained = float(cli.trainer.callback_metrics["test/masked/ndcg@10"])
+    baseline = main(["test", "--model=Popularity", "--data=SyntheticSequences", "--trainer.logger=false"])
+    assert trained > 3 * float(baseline.trainer.callback_metrics["test/masked/ndcg@10"])

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.optimizer_step [--cases sasrec t5_d128 ...] [--rounds 15] [--threads 2] [--dtype float32]
 
-Every contender steps once a round, in an order that rotates, so that a busy machine slows all of them. Ratios are formed
-within each round and given as median (min-max). All train the same parameters with the same gradients; the matrices go to
-Muon with five Newton-Schulz steps in the contender's default precision, the rest to fused AdamW.
+Every contender steps once a round, in an order that rotates, so that a busy machine slows all of them. Ratios are
+formed within each round and given as median (min-max). All train the same parameters with the same gradients; the
+matrices go to Muon with five Newton-Schulz steps in the contender's default precision, the rest to fused AdamW.
 """
 
 from __future__ import annotations

@@ -131,9 +131,10 @@ def test_rules_of_a_second_config_replace_or_extend(tmp_path):
     first = config_file(
         tmp_path / "a.yaml", {"model": {"parameter_rules": [{"pattern": "*.up.weight", "group": "other"}]}}
     )
-    second = config_file(tmp_path / "b.yaml", {"model": {"parameter_rules": [{"role": "head", "name": "head"}]}})
+    others = [{"role": "head", "name": "head"}, {"role": "embedding", "name": "table"}]
+    second = config_file(tmp_path / "b.yaml", {"model": {"parameter_rules": others}})
     module = instantiate("-c", first, "-c", second).model
-    assert [rule.role for rule in module.parameter_rules] == ["head"]
+    assert [(rule.role, rule.pattern) for rule in module.parameter_rules] == [("head", None), ("embedding", None)]
     module = instantiate("-c", first, "--model.parameter_rules+={'role': 'head', 'name': 'head'}").model
     assert [rule.pattern or rule.role for rule in module.parameter_rules] == ["*.up.weight", "head"]
     appended = config_file(tmp_path / "c.yaml", {"model": {"parameter_rules+": [{"role": "head", "name": "head"}]}})

@@ -18,7 +18,13 @@ from lightning_muon import MuonCLI
 
 
 class RecommenderCLI(MuonCLI):
-    """:class:`lightning_muon.MuonCLI` that tests the best checkpoint after ``fit``."""
+    """:class:`lightning_muon.MuonCLI` that tests the best checkpoint and the popularity baseline after ``fit``.
+
+    They are then in ``test_metrics`` and ``baseline_metrics``.
+    """
+
+    test_metrics: Mapping[str, float]
+    baseline_metrics: Mapping[str, float]
 
     def after_fit(self) -> None:
         if self.trainer.fast_dev_run:
@@ -26,15 +32,19 @@ class RecommenderCLI(MuonCLI):
         callback = self.trainer.checkpoint_callback
         best = "best" if callback is not None and callback.best_model_path else None
         (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        baseline = popularity_metrics(self.trainer, self.datamodule)
+        self.test_metrics, self.baseline_metrics = metrics, baseline
         if self.trainer.is_global_zero:
-            baseline = popularity_metrics(self.datamodule)
             rich.get_console().print(comparison(type(self.model).__name__, metrics, baseline))
 
 
-def popularity_metrics(data: SequenceDataModule) -> Mapping[str, float]:
-    """Test metrics of the popularity baseline, in this process alone."""
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
-    (metrics,) = trainer.test(Popularity(data.num_items), datamodule=data, verbose=False)
+def popularity_metrics(trainer: Trainer, data: SequenceDataModule) -> Mapping[str, float]:
+    """Test metrics of the popularity baseline. All processes of the Trainer take part; its loggers are not told."""
+    loggers, trainer.loggers = trainer.loggers, []
+    try:
+        (metrics,) = trainer.test(Popularity(data.num_items), datamodule=data, verbose=False)
+    finally:
+        trainer.loggers = loggers
     return metrics
 
 

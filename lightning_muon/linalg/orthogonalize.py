@@ -87,7 +87,7 @@ def check_orthogonalization(method: str, steps: int | None, dtype: torch.dtype |
         raise ValueError(
             f"Unknown orthogonalization method {method!r}: use one of {', '.join(ORTHOGONALIZATION_METHODS)}."
         )
-    if steps is not None and (not isinstance(steps, int) or not 1 <= steps < 100):
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100):
         raise ValueError(f"Orthogonalization steps must be an integer from 1 to 99, got {steps!r}.")
     if steps is not None and method == "svd":
         raise ValueError(f"method='svd' is exact and takes no steps, got steps={steps}: leave steps out.")
@@ -206,7 +206,7 @@ def _normalized(stack: Tensor, safety: float, dtype: torch.dtype) -> Tensor:
         bound = 1022 if wide.dtype == torch.float64 else 126  # beyond it the power of two is not representable
         exponent = torch.frexp(largest).exponent.clamp_(-bound, bound).to(wide.dtype)
         wide = torch.ldexp(wide, -exponent[:, None, None])
-        norm = torch.linalg.vector_norm(wide.flatten(1), dim=1).clamp_(min=0.5)  # the clamp acts on zero alone
+        norm = torch.linalg.vector_norm(wide.flatten(1), dim=1).clamp_(min=0.5)  # acts on zero, and on denormals
     return torch.div(wide, norm.mul_(safety)[:, None, None], out=torch.empty_like(wide, dtype=dtype))
 
 

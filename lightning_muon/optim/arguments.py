@@ -48,14 +48,20 @@ def check_non_negative(group: dict[str, Any], key: str) -> None:
         if value.numel() != 1:
             raise ValueError(f"A tensor {key} must have one element, got shape {tuple(value.shape)}.")
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+    if not _is_number(value) or not 0.0 <= value < math.inf:
         raise ValueError(f"{key} must be a finite number of 0 or more, got {value!r}.")
 
 
-def check_choice(group: dict[str, Any], key: str, choices: tuple[str, ...]) -> None:
+def check_fraction(group: dict[str, Any], key: str) -> None:
+    """Raise ``ValueError`` unless an option is a number from 0 to below 1."""
+    if not _is_number(group[key]) or not 0.0 <= group[key] < 1.0:
+        raise ValueError(f"{key} must be a number from 0 to below 1, got {group[key]!r}.")
+
+
+def check_choice(group: dict[str, Any], key: str, choices: tuple[str | bool, ...]) -> None:
     """Raise ``ValueError`` unless an option is one of the choices."""
     if group[key] not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {group[key]!r}.")
+        raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {group[key]!r}.")
 
 
 def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
@@ -71,3 +77,7 @@ def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"{argument} must be a floating-point dtype such as 'float32', or None, got {dtype!r}.")
     return name
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -159,7 +159,9 @@ class HybridOptimizer(Optimizer):
                 loss = closure()
         if not self._is_linked():
             self._link()
-        for child in self.optimizers.values():
+        self._carry_momentum()
+        # Matrix optimizers check everything before they move anything: first, so that a refused step changes nothing.
+        for child in sorted(self.optimizers.values(), key=lambda child: not isinstance(child, MatrixOptimizer)):
             child.step()
         return loss
 
@@ -179,6 +181,7 @@ class HybridOptimizer(Optimizer):
         for child in self.optimizers.values():
             if isinstance(child, MatrixOptimizer):
                 restore_exactly(self, state_dict, child.param_groups)
+                child.check_state()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("optimizers", "_partition", "_owners", "_constructing")}
@@ -200,6 +203,18 @@ class HybridOptimizer(Optimizer):
             owned = [group for group in self.param_groups if self._owner(group) == owner]
             child.__setstate__({"state": self.state, "param_groups": owned})
         self._linked = list(self.param_groups)
+        self._momenta = {id(group): group.get("momentum") for group in self.param_groups}
+
+    def _carry_momentum(self) -> None:
+        """Keep ``momentum`` and ``betas[0]`` of a group the same, whichever a scheduler such as OneCycleLR has set."""
+        for group in self.param_groups:
+            if "betas" not in group or "momentum" not in group or group["momentum"] == group["betas"][0]:
+                continue
+            if group["momentum"] != self._momenta.get(id(group), group["momentum"]):
+                group["betas"] = (group["momentum"], *group["betas"][1:])
+            else:
+                group["momentum"] = group["betas"][0]
+            self._momenta[id(group)] = group["momentum"]
 
     def _owner(self, group: dict[str, Any]) -> str:
         """Name of the child that takes a group of ``param_groups``."""
@@ -214,6 +229,8 @@ class HybridOptimizer(Optimizer):
         options = {key: value for key, value in param_group.items() if key not in ("params", "param_names", "layouts")}
         given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
         parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
+        if not given:
+            raise ValueError("A new param group needs at least one parameter, got an empty list.")
         owner = str(options.get("name", "")).split("/")[0]
         if owner in self.optimizers:
             names = {"param_names": [entry[0] for entry in given]} if isinstance(given[0], tuple) else {}
@@ -318,7 +335,8 @@ def _check_options(group: dict[str, Any]) -> None:
     """Optimizers of torch check their defaults but not the options of a group."""
     for key in ("lr", "weight_decay"):
         value = group.get(key, 0.0)
-        if not isinstance(value, Tensor) and not 0.0 <= value < math.inf:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not isinstance(value, Tensor) and not (number and 0.0 <= value < math.inf):
             raise ValueError(
-                f"A rule sets {key}={value!r} for the group {group['name']!r}: it must be finite and 0 or more."
+                f"A rule sets {key}={value!r} for the group {group['name']!r}: it must be a finite number of 0 or more."
             )

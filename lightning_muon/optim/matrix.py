@@ -54,7 +54,7 @@ class MatrixOptimizer(Optimizer):
             float64 parameters always keep float64 state.
         nonfinite: what a gradient with NaN or infinity does: ``"propagate"`` as in ``torch.optim``; ``"skip"`` leaves
             that parameter and its state alone; ``"raise"`` raises ``FloatingPointError`` before anything changes. The
-            last two wait for the device once a step.
+            last two wait for the device once a step. In a hybrid "skip" protects the matrices, not the other half.
 
     Raises:
         ValueError: for an option out of range, and for a parameter that cannot be read as matrices.
@@ -105,6 +105,7 @@ class MatrixOptimizer(Optimizer):
         check_non_negative(group, "weight_decay")
         check_choice(group, "lr_scale", tuple(_SCALES))
         check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
+        check_choice(group, "cautious", (False, True))
         group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -139,7 +140,9 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # All that can fail comes before anything moves.
         self._refresh_stacks()
+        self._check_gradients()
         nonfinite = self._nonfinite_parameters()
         updates: dict[Tensor, dict[int, Tensor]] = {}
         for group, stacks in zip(self.param_groups, self._stacks, strict=True):
@@ -174,6 +177,12 @@ class MatrixOptimizer(Optimizer):
         """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it."""
         super().load_state_dict(state_dict)
         restore_exactly(self, state_dict, self.param_groups)
+        self.check_state()
+
+    def check_state(self) -> None:
+        """Raise ``ValueError`` if the state does not fit the parameters, as after loading that of another model."""
+        if any(self.state.get(parameter) for group in self.param_groups for parameter in group["params"]):
+            self._refresh_stacks()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "layouts": self.layouts}
@@ -223,10 +232,19 @@ class MatrixOptimizer(Optimizer):
             for stack in self._stacks[index]:
                 stack.bind(self.state, self.init_state)
 
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for parameter, name in zip(group["params"], _names(group), strict=True):
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"The gradient of {name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False "
+                        "in the module that made it, or torch.optim.SparseAdam for this parameter."
+                    )
+
     def _nonfinite_parameters(self) -> set[Tensor]:
         """Parameters whose gradient must not be used."""
         watched = [
-            (parameter, name, group["nonfinite"])
+            (parameter.grad, parameter, name, group["nonfinite"])
             for group in self.param_groups
             if group["nonfinite"] != "propagate"
             for parameter, name in zip(group["params"], _names(group), strict=True)
@@ -235,15 +253,15 @@ class MatrixOptimizer(Optimizer):
         if not watched:
             return set()
         device = watched[0][0].device
-        finite = torch.stack([_dense_grad(p, name).isfinite().all().to(device) for p, name, _ in watched])
+        finite = torch.stack([grad.isfinite().all().to(device) for grad, *_ in watched])
         bad = [entry for entry, ok in zip(watched, finite.tolist(), strict=True) if not ok]
-        raising = [name for _, name, policy in bad if policy == "raise"]
+        raising = [name for _, _, name, policy in bad if policy == "raise"]
         if raising:
             raise FloatingPointError(
                 f"NaN or infinity in the gradient of {', '.join(raising)}. Lower the learning rate, clip by norm, or "
                 "set nonfinite='skip' to leave such parameters out of the step."
             )
-        return {parameter for parameter, *_ in bad}
+        return {parameter for _, parameter, *_ in bad}
 
     def _step_stack(
         self,
@@ -255,7 +273,7 @@ class MatrixOptimizer(Optimizer):
         members = [m for m in stack.members if m.parameter.grad is not None and m.parameter not in nonfinite]
         if not members:
             return
-        grads = stack.gather(members, [_dense_grad(member.parameter, member.name) for member in members])
+        grads = stack.gather(members, [m.parameter.grad for m in members if m.parameter.grad is not None])
         if len(members) == len(stack.members):
             direction = self.direction(grads, stack.state, group)
         else:
@@ -305,17 +323,6 @@ def _names(group: dict[str, Any]) -> list[str]:
     if names is not None:
         return list(names)
     return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
-
-
-def _dense_grad(parameter: Tensor, name: str) -> Tensor:
-    grad = parameter.grad
-    assert grad is not None  # only asked of parameters that have one
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"The gradient of {name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False in the "
-            "module that made it, or torch.optim.SparseAdam for this parameter."
-        )
-    return grad
 
 
 def _split_like(direction: Tensor, members: list[StackMember], targets: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod, orthogonalize
 from lightning_muon.linalg.orthogonalize import check_orthogonalization
-from lightning_muon.optim.arguments import dtype_name
+from lightning_muon.optim.arguments import check_choice, check_fraction, dtype_name
 from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
 
 
@@ -84,8 +84,8 @@ class Muon(MatrixOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum must be from 0 to below 1, got {group['momentum']!r}.")
+        check_fraction(group, "momentum")
+        check_choice(group, "nesterov", (False, True))
         group["orthogonalize_dtype"] = dtype_name(group["orthogonalize_dtype"], "orthogonalize_dtype")
         check_orthogonalization(group["method"], group["steps"], None)
 

@@ -187,10 +187,16 @@ def _is_experts(site: Site) -> bool:
 
 
 def _is_router(site: Site) -> bool:
-    """A router by its class or name, or a gate beside experts; not the gate projection of a gated linear unit."""
+    """A router by its class or name, or a gate beside experts that has fewer outputs than inputs.
+
+    The gate projection of a gated linear unit, or of attention, is as wide as what it gates: no router.
+    """
     around = (*site.parents, site.owner)
     if any(_is_router_class(module) for module in around[-2:]) or any(map(_ROUTER.search, site.path[-2:])):
         return True
+    shape = linear_shape(site.owner)
+    if shape is not None and shape[1] >= shape[0]:
+        return False
     return any(
         _GATE.search(name) and any("expert" in other.lower() for other in (*parent._modules, *parent._parameters))
         for name, parent in zip(site.path, site.parents, strict=True)

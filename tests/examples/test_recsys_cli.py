@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,14 @@ def test_sasrec_beats_popularity_threefold_on_a_third_of_the_budget():
     popularity = float(baseline.trainer.callback_metrics["test/masked/ndcg@10"])
     assert cli.baseline_metrics["test/masked/ndcg@10"] == pytest.approx(popularity)
     assert cli.test_metrics["test/masked/ndcg@10"] > 3 * popularity
+
+
+@pytest.mark.distributed
+def test_two_processes_fit_test_and_compare(tmp_path):
+    """The popularity baseline is judged by all processes of the Trainer: one alone would wait for the others."""
+    command = [sys.executable, "-m", "examples.recsys", "fit", *SYNTHETIC, "--trainer.max_epochs=1"]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
+    command += [f"--trainer.default_root_dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Test of the best checkpoint") == 1

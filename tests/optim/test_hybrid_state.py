@@ -365,3 +365,16 @@ def test_resetting_the_state() -> None:
         advance(bag, optimizer, range(5, 7))
         advance(twin, other, range(5, 7))
         assert_same_bits(snapshot(bag, optimizer), snapshot(twin, other))
+
+
+def test_state_of_a_wrong_shape_is_refused_on_loading() -> None:
+    """Not in the middle of the next step, when the other half has moved."""
+    bag, optimizer = HYBRID.pair()
+    advance(bag, optimizer, range(1))
+    saved = optimizer.state_dict()
+    broken = {key: dict(values) for key, values in saved["state"].items()}
+    index = next(key for key, values in broken.items() if "momentum_buffer" in values)
+    broken[index]["momentum_buffer"] = torch.zeros(2, 2)
+    _, fresh = HYBRID.pair()
+    with pytest.raises(ValueError, match=r"momentum_buffer.*\(2, 2\)"):
+        fresh.load_state_dict({**saved, "state": broken})

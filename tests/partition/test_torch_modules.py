@@ -263,3 +263,16 @@ def test_quantised_weights_do_not_crash():
 
 def test_a_module_without_parameters():
     assert len(partition_parameters(nn.ReLU())) == 0
+
+
+def test_a_square_gate_beside_experts_is_no_router() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(16, 3)
+            self.attn_gate = nn.Linear(16, 16)
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    partition = partition_parameters(nn.ModuleList([Block(), Block()]))
+    assert partition["0.gate.weight"].role == "router"
+    assert partition["0.attn_gate.weight"].role == "hidden"

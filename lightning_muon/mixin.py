@@ -214,7 +214,7 @@ def _check_strategy(trainer: Trainer) -> None:
         if name in ("FSDPStrategy", "DeepSpeedStrategy"):
             raise RuntimeError(
                 f"{name} flattens matrices into one-dimensional shards, so that none is left to orthogonalize. Use "
-                "ModelParallelStrategy (FSDP2) for a sharded model, or strategy='ddp'."
+                "strategy='ddp', which keeps them whole."
             )
 
 

@@ -48,19 +48,19 @@ class HybridOptimizer(Optimizer):
         _check_children(optimizers)
         self.optimizers = dict(optimizers)
         self._partition = partition
-        self._owners: dict[str, str] = {}  # group name -> name of the child that has it
         groups = []
         for owner, child in self.optimizers.items():
             for index, group in enumerate(child.param_groups):
                 group.setdefault("name", owner if len(child.param_groups) == 1 else f"{owner}/{index}")
                 _set_param_names(group, partition)
+                _set_momentum(group)
                 groups.append(group)
         _check_names(groups)
+        # group name -> name of the child that has it
         self._owners = {
             group["name"]: owner for owner, child in self.optimizers.items() for group in child.param_groups
         }
         self._constructing = True
-        _fill_groups(self.optimizers)
         super().__init__(groups, _shared_defaults(self.optimizers))
         self._constructing = False
         for child in self.optimizers.values():
@@ -115,9 +115,7 @@ class HybridOptimizer(Optimizer):
         """Add parameters, e.g. when they are unfrozen.
 
         Parameters that the partition knows go where it sends them, split into several groups if need be; options in
-        ``param_group`` apply to all of them. Others need a ``"name"`` that begins with a child's: ``{"params": [...],
-        "name":
-        "other/new"}``.
+        ``param_group`` apply to all of them. Others need a ``"name"`` that begins with a child's, e.g. ``"other/new"``.
 
         Raises:
             ValueError: if it is unknown where a parameter belongs.
@@ -134,8 +132,7 @@ class HybridOptimizer(Optimizer):
             child = self.optimizers[owner]
             child.add_param_group(group)
             group = child.param_groups[-1]
-            if "betas" in group:
-                group.setdefault("momentum", group["betas"][0])
+            _set_momentum(group)
             self.param_groups.append(group)
             self._owners[group["name"]] = owner
             self._linked = list(self.param_groups)
@@ -297,11 +294,9 @@ def _shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
     return {key: child.defaults[key] for child in children for key in ("lr", "momentum") if key in child.defaults}
 
 
-def _fill_groups(optimizers: Mapping[str, Optimizer]) -> None:
-    """Give every group a momentum, for logging, so that none takes another child's from the shared defaults."""
-    for child in optimizers.values():
-        for group in child.param_groups:
-            group.setdefault("momentum", group["betas"][0] if "betas" in group else 0.0)
+def _set_momentum(group: dict[str, Any]) -> None:
+    """Every group gets a momentum, for logging, so that none takes another child's from the shared defaults."""
+    group.setdefault("momentum", group["betas"][0] if "betas" in group else 0.0)
 
 
 def _set_param_names(group: dict[str, Any], partition: Partition | None) -> None:

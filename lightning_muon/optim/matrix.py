@@ -140,7 +140,7 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All that can fail comes before anything moves.
+        # What a step refuses, it refuses before anything moves.
         self._refresh_stacks()
         self._check_gradients()
         nonfinite = self._nonfinite_parameters()

@@ -61,9 +61,7 @@ class StackMember:
         return key if self.views == 1 else f"{key}.{self.view}"
 
     def state_view(self, tensor: Tensor, elementwise: bool) -> Tensor:
-        """The part of a stack's state that belongs to this parameter: of the parameter's shape if that can be a
-        view.
-        """
+        """The part of a stack's state that is this parameter's, in the parameter's shape if that can be a view."""
         part = tensor[self.start : self.stop]
         if not elementwise:
             return part

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from lightning_muon.partition.sites import Site
 
 _SPARSE_TYPES = (nn.Embedding, nn.EmbeddingBag)
-_USE_FSDP2 = "Use FSDP2 instead: Lightning's ModelParallelStrategy, or torch.distributed.fsdp.fully_shard."
+_USE_DDP = "Use DDP instead, strategy='ddp' in Lightning, which keeps them whole."
 
 
 def check_module(module: nn.Module) -> None:
@@ -25,7 +25,7 @@ def check_module(module: nn.Module) -> None:
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(part).__mro__):
             raise ValueError(
                 f"FullyShardedDataParallel (FSDP1) wraps {repr(name) if name else 'the module'} and keeps its matrices "
-                f"as flat shards. {_USE_FSDP2}"
+                f"as flat shards. {_USE_DDP}"
             )
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
@@ -34,12 +34,10 @@ def check_module(module: nn.Module) -> None:
                 "optimizer is built."
             )
         if getattr(parameter, "_is_flat_param", False):
-            raise ValueError(
-                f"The parameter {name!r} is a flat shard of FullyShardedDataParallel (FSDP1). {_USE_FSDP2}"
-            )
+            raise ValueError(f"The parameter {name!r} is a flat shard of FullyShardedDataParallel (FSDP1). {_USE_DDP}")
         if hasattr(parameter, "ds_id"):
             raise ValueError(
-                f"DeepSpeed ZeRO-3 keeps the parameter {name!r} and with it the matrices as flat shards. {_USE_FSDP2}"
+                f"DeepSpeed ZeRO-3 keeps the parameter {name!r} and with it the matrices as flat shards. {_USE_DDP}"
             )
 
 

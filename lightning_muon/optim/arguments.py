@@ -58,6 +58,19 @@ def check_fraction(group: dict[str, Any], key: str) -> None:
         raise ValueError(f"{key} must be a number from 0 to below 1, got {group[key]!r}.")
 
 
+def check_positive(group: dict[str, Any], key: str) -> None:
+    """Raise ``ValueError`` unless an option is a finite number above 0."""
+    if not _is_number(group[key]) or not 0.0 < group[key] < math.inf:
+        raise ValueError(f"{key} must be a finite number above 0, got {group[key]!r}.")
+
+
+def check_integer(group: dict[str, Any], key: str, minimum: int) -> None:
+    """Raise ``ValueError`` unless an option is an integer of at least ``minimum``."""
+    value = group[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{key} must be an integer of {minimum} or more, got {value!r}.")
+
+
 def check_choice(group: dict[str, Any], key: str, choices: tuple[str | bool, ...]) -> None:
     """Raise ``ValueError`` unless an option is one of the choices."""
     if group[key] not in choices:
@@ -77,6 +90,12 @@ def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"{argument} must be a floating-point dtype such as 'float32', or None, got {dtype!r}.")
     return name
+
+
+def bias_correction(step: Tensor, beta: float) -> Tensor:
+    """1 - beta^t, what a moving average from zero is to be divided by; (B,) steps t -> (B, 1, 1)."""
+    correction = torch.ones_like(step) if beta == 0.0 else -torch.expm1(step * math.log(beta))
+    return correction[:, None, None]
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -158,8 +158,12 @@ class HybridOptimizer(Optimizer):
             self._link()
         self._carry_momentum()
         # Matrix optimizers check everything before they move anything: first, so that a refused step changes nothing.
+        # They get the loss, which some rules need; others would take a closure for leave to evaluate the model.
         for child in sorted(self.optimizers.values(), key=lambda child: not isinstance(child, MatrixOptimizer)):
-            child.step()
+            if isinstance(child, MatrixOptimizer) and closure is not None:
+                child.step(lambda: cast(float, loss))
+            else:
+                child.step()
         return loss
 
     def observe_updates(self, observer: Callable[[str, Tensor], None]) -> list[Any]:

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from lightning_muon.optim.arguments import check_choice, check_non_negative, check_parameter, dtype_name
+from lightning_muon.linalg import orthogonalize
+from lightning_muon.linalg.orthogonalize import check_orthogonalization
+from lightning_muon.optim.arguments import (
+    check_choice,
+    check_fraction,
+    check_non_negative,
+    check_parameter,
+    dtype_name,
+)
 from lightning_muon.optim.checkpoint import restore_exactly
 from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
 from lightning_muon.partition import MatrixLayout
@@ -29,6 +37,11 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
+def shape_scale(lr_scale: str, m: int, n: int) -> float:
+    """The factor s(m, n) of a shape scale for m rows (fan-out) and n columns (fan-in)."""
+    return _SCALES[lr_scale](m, n)
+
+
 class MatrixOptimizer(Optimizer):
     r"""Base of the optimizers for matrices: all of a step but the rule, on stacks of same-shaped matrices.
 
@@ -38,8 +51,9 @@ class MatrixOptimizer(Optimizer):
 
     .. math:: W \leftarrow (1 - \eta\lambda) W - \eta\, s(m, n)\, D.
 
-    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`. Gradients are never modified;
-    parameters without a gradient are left alone.
+    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`; :meth:`momentum` and
+    :meth:`orthogonalize` do what most of them share. Gradients are never modified; parameters without a gradient are
+    left alone.
 
     Args:
         params: parameters or param groups, as in ``torch.optim``. A group may hold ``"layouts"``, one
@@ -75,6 +89,8 @@ class MatrixOptimizer(Optimizer):
         self._stacks: list[list[MatrixStack]] = []
         self._signatures: list[list[tuple[int, torch.dtype, torch.device]]] = []
         self._observers: OrderedDict[int, UpdateObserver] = OrderedDict()
+        self.loss: Any = None
+        """What the closure of the step under way returned, for rules that need it; None without a closure."""
         shared = {"lr_scale": lr_scale, "cautious": cautious, "state_dtype": state_dtype, "nonfinite": nonfinite}
         super().__init__(params, {**defaults, **shared})
 
@@ -85,7 +101,8 @@ class MatrixOptimizer(Optimizer):
             stack: the weights (B, m, n), in the state's dtype; a copy.
 
         Returns:
-            Tensors of shape (B, ...): (B, m, n) for elementwise state, (B,) for a scalar a matrix.
+            Tensors of shape (B, ...): (B, m, n) for elementwise state, (B,) for a scalar a matrix. Empty for a rule
+            without state.
         """
         raise NotImplementedError
 
@@ -99,10 +116,29 @@ class MatrixOptimizer(Optimizer):
         """
         raise NotImplementedError
 
+    def decay_factor(self, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor | None:
+        """What a rule multiplies the weight decay by, asked for after :meth:`direction`; None for 1.
+
+        Returns:
+            A tensor that broadcasts to (B, m, n): a factor a matrix, a row or a column.
+        """
+        return None
+
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ``ValueError`` for options of a param group that are out of range. Rules extend it for their own."""
+        """Raise ``ValueError`` for options of a param group that are out of range.
+
+        Covers what the base knows, and the options that :meth:`momentum` and :meth:`orthogonalize` read where the
+        group has them. Rules extend it for their own.
+        """
         check_non_negative(group, "lr")
         check_non_negative(group, "weight_decay")
+        if "momentum" in self.defaults:
+            check_fraction(group, "momentum")
+        if "nesterov" in self.defaults:
+            check_choice(group, "nesterov", (False, True))
+        if "orthogonalize_dtype" in self.defaults:
+            group["orthogonalize_dtype"] = dtype_name(group["orthogonalize_dtype"], "orthogonalize_dtype")
+            check_orthogonalization(group["method"], group["steps"], None)
         check_choice(group, "lr_scale", tuple(_SCALES))
         check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
         check_choice(group, "cautious", (False, True))
@@ -144,10 +180,14 @@ class MatrixOptimizer(Optimizer):
         self._refresh_stacks()
         self._check_gradients()
         nonfinite = self._nonfinite_parameters()
+        self.loss = loss
         updates: dict[Tensor, dict[int, Tensor]] = {}
-        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
-            for stack in stacks:
-                self._step_stack(stack, group, nonfinite, updates)
+        try:
+            for group, stacks in zip(self.param_groups, self._stacks, strict=True):
+                for stack in stacks:
+                    self._step_stack(stack, group, nonfinite, updates)
+        finally:
+            self.loss = None
         return loss
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
@@ -166,12 +206,23 @@ class MatrixOptimizer(Optimizer):
     def momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         r"""Moving average :math:`M \leftarrow \mu M + (1-\mu) G`, looking ahead if the group has ``nesterov``.
 
-        Uses ``state["momentum_buffer"]`` and overwrites ``grad``. The result must not be modified: without
-        ``nesterov`` it is the buffer.
+        Updates ``state["momentum_buffer"]``. The result has the memory of ``grad`` and may be overwritten.
         """
         buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer
+        return grad.lerp_(buffer, group["momentum"]) if group.get("nesterov") else grad.copy_(buffer)
+
+    def orthogonalize(self, matrices: Tensor, group: dict[str, Any], overwrite: bool = True) -> Tensor:
+        """:func:`~lightning_muon.linalg.orthogonalize` by ``method``, ``steps`` and ``orthogonalize_dtype`` of a group.
+
+        Args:
+            matrices: (B, m, n).
+            group: the options of the param group.
+            overwrite: whether the memory of ``matrices`` may be used for the work.
+        """
+        name = group["orthogonalize_dtype"]
+        dtype = None if name is None else getattr(torch, name)
+        return orthogonalize(matrices, group["method"], group["steps"], dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it."""
@@ -273,40 +324,45 @@ class MatrixOptimizer(Optimizer):
         members = [m for m in stack.members if m.parameter.grad is not None and m.parameter not in nonfinite]
         if not members:
             return
-        grads = stack.gather(members, [m.parameter.grad for m in members if m.parameter.grad is not None])
         if len(members) == len(stack.members):
-            direction = self.direction(grads, stack.state, group)
+            self._move(stack, members, stack.state, group, updates)
         else:
             state, index = stack.take(members)
-            direction = self.direction(grads, state, group)
+            self._move(stack, members, state, group, updates)
             stack.put(index, state)
-        self._apply(members, direction, group, updates)
 
-    def _apply(
+    def _move(
         self,
+        stack: MatrixStack,
         members: list[StackMember],
-        direction: Tensor,
+        state: dict[str, Tensor],
         group: dict[str, Any],
         updates: dict[Tensor, dict[int, Tensor]],
     ) -> None:
-        """Subtract the updates of the members of a stack from their parameters."""
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        scale = _SCALES[group["lr_scale"]](direction.shape[-2], direction.shape[-1])
+        """Apply the rule to the members of a stack, all of which have gradients."""
+        direction = self.direction(stack.gather_grads(members), state, group)
+        factor = self.decay_factor(state, group) if group["weight_decay"] != 0 else None
+        scale = shape_scale(group["lr_scale"], *stack.shape)
         targets = [member.target(member.parameter) for member in members]
-        parts = _split_like(direction.to(targets[0].dtype), members, targets)
+        parts = split_like(direction.to(targets[0].dtype), members, targets)
         if self._observers:
-            self._observe(members, parts, scale, updates)
-        if weight_decay != 0:
-            _decay(targets, parts, lr * weight_decay, group["cautious"])
-        _subtract(targets, parts, lr * scale)
+            self._observe(members, [part * scale for part in parts], updates)
+        if group["weight_decay"] != 0:
+            amount = group["lr"] * group["weight_decay"]
+            if factor is None:
+                _decay(targets, parts, amount, group["cautious"])
+            else:
+                amounts = split_like((amount * factor).expand_as(direction), members, targets)
+                _decay_by(targets, parts, amounts, group["cautious"])
+        _subtract(targets, parts, group["lr"] * scale)
 
     def _observe(
-        self, members: list[StackMember], parts: list[Tensor], scale: float, updates: dict[Tensor, dict[int, Tensor]]
+        self, members: list[StackMember], parts: list[Tensor], updates: dict[Tensor, dict[int, Tensor]]
     ) -> None:
         """Tell the observers; a parameter spread over several stacks waits in ``updates`` for its last block."""
         for member, part in zip(members, parts, strict=True):
             blocks = updates.setdefault(member.parameter, {})
-            blocks[member.view] = part * scale
+            blocks[member.view] = part
             if len(blocks) < member.views:
                 continue
             if member.plain:
@@ -325,7 +381,7 @@ def _names(group: dict[str, Any]) -> list[str]:
     return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
 
 
-def _split_like(direction: Tensor, members: list[StackMember], targets: list[Tensor]) -> list[Tensor]:
+def split_like(direction: Tensor, members: list[StackMember], targets: list[Tensor]) -> list[Tensor]:
     """(B, m, n) cut into one tensor a member, of its target's shape."""
     if all(member.plain for member in members):
         return list(direction.unbind(0))
@@ -336,8 +392,7 @@ def _split_like(direction: Tensor, members: list[StackMember], targets: list[Ten
 def _decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor, cautious: bool) -> None:
     """Shrink the targets by ``amount``; if cautious, only entries that the update shrinks too (or leaves alone)."""
     if cautious:
-        for target, update in zip(targets, updates, strict=True):
-            target.mul_(1 - amount * (update * target >= 0).to(target.dtype))
+        _decay_by(targets, updates, [amount] * len(targets), cautious)
     elif targets[0].is_cuda and not isinstance(amount, Tensor):
         torch._foreach_mul_(targets, 1 - amount)
     else:
@@ -345,6 +400,14 @@ def _decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor,
         factor = torch.as_tensor(1 - amount, dtype=torch.promote_types(targets[0].dtype, torch.float32))
         for target in targets:
             target.mul_(factor)
+
+
+def _decay_by(targets: list[Tensor], updates: list[Tensor], amounts: Sequence[float | Tensor], cautious: bool) -> None:
+    """Shrink each target by its own amount, elementwise where that is a tensor."""
+    for target, update, amount in zip(targets, updates, amounts, strict=True):
+        if cautious:  # in float32 at least: in bfloat16 a factor of 0.999 is 1
+            amount = amount * (update * target >= 0).to(torch.promote_types(target.dtype, torch.float32))
+        target.mul_(1 - amount)
 
 
 def _subtract(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor) -> None:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_muon.linalg import OrthogonalizationMethod, orthogonalize
-from lightning_muon.linalg.orthogonalize import check_orthogonalization
-from lightning_muon.optim.arguments import check_choice, check_fraction, dtype_name
+from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
 
 
@@ -82,21 +80,8 @@ class Muon(MatrixOptimizer):
             params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
         )
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        check_fraction(group, "momentum")
-        check_choice(group, "nesterov", (False, True))
-        group["orthogonalize_dtype"] = dtype_name(group["orthogonalize_dtype"], "orthogonalize_dtype")
-        check_orthogonalization(group["method"], group["steps"], None)
-
     def init_state(self, stack: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(stack)}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        name = group["orthogonalize_dtype"]
-        return orthogonalize(
-            self.momentum(grad, state, group),
-            group["method"],
-            group["steps"],
-            None if name is None else getattr(torch, name),
-        )
+        return self.orthogonalize(self.momentum(grad, state, group), group)

@@ -88,6 +88,7 @@ class MatrixStack:
         self.shape = shape
         self.dtype = dtype
         self.state: dict[str, Tensor] = {}
+        self._initialized = False
         self.plain = all(member.plain for member in self.members)
         self.size = 0
         for member in self.members:
@@ -95,18 +96,25 @@ class MatrixStack:
             member.start, member.stop = self.size, self.size + count
             self.size += count
 
-    def gather(self, members: Sequence[StackMember], tensors: Sequence[Tensor]) -> Tensor:
-        """A new (B, m, n) tensor, in this stack's dtype, from parameter-shaped tensors of some members."""
+    def gather(
+        self, members: Sequence[StackMember], tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A new (B, m, n) tensor from parameter-shaped tensors of some members, in ``dtype`` or this stack's own."""
+        dtype = dtype or self.dtype
         if self.plain:
-            return torch.stack(list(tensors)).to(self.dtype)
+            return torch.stack(list(tensors)).to(dtype)
         parts = [member.matrices(tensor) for member, tensor in zip(members, tensors, strict=True)]
-        return torch.cat(parts).to(self.dtype)
+        return torch.cat(parts).to(dtype)
+
+    def gather_grads(self, members: Sequence[StackMember]) -> Tensor:
+        """The gradients of some members, all of which have one, as a new (B, m, n) tensor."""
+        return self.gather(members, [m.parameter.grad for m in members if m.parameter.grad is not None])
 
     def bind(
         self, optimizer_state: MutableMapping[Tensor, dict[str, Any]], init_state: Callable[[Tensor], dict[str, Tensor]]
     ) -> None:
         """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds."""
-        if not self.state:
+        if not self._initialized:
             weights = self.gather(self.members, [member.parameter for member in self.members])
             self.state = init_state(weights)
             for key, tensor in self.state.items():
@@ -115,6 +123,7 @@ class MatrixStack:
                         f"init_state must return tensors of shape (B, ...) with B = {self.size} here; {key!r} has "
                         f"shape {tuple(tensor.shape)}."
                     )
+            self._initialized = True
         for member in self.members:
             saved = optimizer_state[member.parameter]
             for key, tensor in self.state.items():

@@ -1,0 +1,74 @@
+"""WeightAwareOptimizer: the base of the rules that decide about the weights themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muon.optim.matrix import MatrixOptimizer, split_like
+from lightning_muon.optim.stacks import MatrixStack, StackMember
+
+
+class WeightAwareOptimizer(MatrixOptimizer):
+    r"""Base of rules that look at the weights, or put them back onto a set such as the matrices of one norm.
+
+    A rule is a subclass with :meth:`init_state` and :meth:`next_weights`, which answers with the weights
+    :math:`\bar W` that the step starts from, decayed or rescaled, and the step :math:`\Delta`, learning rate included:
+
+    .. math:: W \leftarrow \bar W - \Delta.
+
+    Weights are read in float32 at least; parameters of less precision are rounded once, at the end.
+    Arguments and errors are those of :class:`MatrixOptimizer`.
+    """
+
+    def next_weights(
+        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The rule: (base, step), each (B, m, n), from which the new weights are base - step.
+
+        Args:
+            weights: (B, m, n), float32 or float64; a copy that may be overwritten.
+            grad: gradients (B, m, n) in the state's dtype; a copy that may be overwritten.
+            state: what :meth:`init_state` returned, to be updated in place.
+            group: the options of the param group.
+        """
+        raise NotImplementedError
+
+    def decayed(self, weights: Tensor, step: Tensor, amount: float | Tensor, group: dict[str, Any]) -> Tensor:
+        """Weights less ``amount`` of themselves; with ``cautious`` only entries that the step also moves to zero.
+
+        Args:
+            weights: (B, m, n); overwritten.
+            step: (B, m, n), what will be subtracted.
+            amount: how much, usually learning rate times weight decay; a number or a tensor that broadcasts.
+            group: the options of the param group.
+        """
+        if isinstance(amount, (int, float)) and amount == 0.0:
+            return weights
+        if group["cautious"]:
+            amount = amount * (step * weights >= 0).to(weights.dtype)
+        return weights.mul_(1 - amount)
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no direction of the gradient alone: it has next_weights.")
+
+    def _move(
+        self,
+        stack: MatrixStack,
+        members: list[StackMember],
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        updates: dict[Tensor, dict[int, Tensor]],
+    ) -> None:
+        dtype = torch.promote_types(members[0].parameter.dtype, torch.float32)
+        weights = stack.gather(members, [member.parameter for member in members], dtype)
+        base, step = self.next_weights(weights, stack.gather_grads(members), state, group)
+        targets = [member.target(member.parameter) for member in members]
+        for target, new in zip(targets, split_like(base - step, members, targets), strict=True):
+            target.copy_(new)
+        if self._observers:
+            lr = torch.as_tensor(group["lr"], dtype=step.dtype, device=step.device)
+            update = torch.where(lr > 0, step / lr, torch.zeros_like(step)).to(targets[0].dtype)
+            self._observe(members, split_like(update, members, targets), updates)

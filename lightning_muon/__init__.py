@@ -4,7 +4,28 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lightning_muon.cli import MuonCLI
 from lightning_muon.mixin import MuonMixin
-from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon
+from lightning_muon.optim import (
+    NAMO,
+    NAMOD,
+    REG,
+    SWAN,
+    AdaMuon,
+    Conda,
+    Dion2,
+    HybridOptimizer,
+    MatrixOptimizer,
+    Muon,
+    MuonHyperball,
+    MuonNSR,
+    MuonVS,
+    Muown,
+    NorMuon,
+    PolarGrad,
+    SinkGD,
+    SpecMuon,
+    SpectralSphere,
+    WeightAwareOptimizer,
+)
 from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
 
 try:
@@ -13,13 +34,30 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "NAMO",
+    "NAMOD",
+    "REG",
+    "SWAN",
+    "AdaMuon",
+    "Conda",
+    "Dion2",
     "HybridOptimizer",
     "MatrixLayout",
     "MatrixOptimizer",
     "Muon",
     "MuonCLI",
+    "MuonHyperball",
     "MuonMixin",
+    "MuonNSR",
+    "MuonVS",
+    "Muown",
+    "NorMuon",
     "ParameterRule",
     "Partition",
+    "PolarGrad",
+    "SinkGD",
+    "SpecMuon",
+    "SpectralSphere",
+    "WeightAwareOptimizer",
     "partition_parameters",
 ]

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_muon.callbacks.create_graph import CreateGraph
+from lightning_muon.callbacks.optimizer_modes import OptimizerModes
 from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
+from lightning_muon.optim.foreign import differentiates_gradients, has_modes
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
 from lightning_muon.schedules import Schedule
 
@@ -157,13 +160,16 @@ def configure_hybrid_optimizer(
 
     Raises:
         ValueError: if the schedule needs the length of a run that has none; names ``max_steps``.
-        RuntimeError: if there is a schedule but no Trainer, or if the strategy shards matrices into flat pieces.
+        RuntimeError: if there is a schedule but no Trainer, if the strategy shards matrices into flat pieces, or if
+            gradients can not be differentiated where an optimizer does so.
     """
     trainer = _attached_trainer(module)
     if trainer is not None:
         _check_strategy(trainer)
         _warn_if_clipped_by_value(trainer)
     optimizer = HybridOptimizer.from_module(module, matrix_optimizer, other_optimizer, parameter_rules)
+    if trainer is not None:
+        _add_callbacks(trainer, optimizer)
     if schedule is None:
         return optimizer
     if trainer is None:
@@ -216,6 +222,23 @@ def _check_strategy(trainer: Trainer) -> None:
                 f"{name} flattens matrices into one-dimensional shards, so that none is left to orthogonalize. Use "
                 "strategy='ddp', which keeps them whole."
             )
+
+
+def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer) -> None:
+    """What optimizers of other packages need around the step; nothing for most."""
+    needed: list[type[CreateGraph] | type[OptimizerModes]] = []
+    for child in optimizer.optimizers.values():
+        if has_modes(child):
+            needed.append(OptimizerModes)
+        if differentiates_gradients(child):
+            if trainer.world_size > 1 or getattr(trainer.precision_plugin, "scaler", None) is not None:
+                raise RuntimeError(
+                    f"{type(child).__name__} differentiates the gradients, and those that several processes average or "
+                    "a gradient scaler scales have the wrong derivatives. Train in one process without '16-mixed'."
+                )
+            needed.append(CreateGraph)
+    present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    trainer.callbacks.extend(kind() for kind in dict.fromkeys(needed) if kind not in present)  # type: ignore[attr-defined]
 
 
 def _warn_if_clipped_by_value(trainer: Trainer) -> None:

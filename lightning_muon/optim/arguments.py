@@ -58,6 +58,16 @@ def check_fraction(group: dict[str, Any], key: str) -> None:
         raise ValueError(f"{key} must be a number from 0 to below 1, got {group[key]!r}.")
 
 
+def check_betas(group: dict[str, Any], key: str) -> None:
+    """Raise ``ValueError`` unless an option is a pair of numbers from 0 to below 1; make it a tuple."""
+    value = group[key]
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{key} must be a pair of numbers from 0 to below 1, got {value!r}.")
+    for index, beta in enumerate(value):
+        check_fraction({f"{key}[{index}]": beta}, f"{key}[{index}]")
+    group[key] = tuple(value)
+
+
 def check_positive(group: dict[str, Any], key: str) -> None:
     """Raise ``ValueError`` unless an option is a finite number above 0."""
     if not _is_number(group[key]) or not 0.0 < group[key] < math.inf:

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
-from lightning_muon.optim.checkpoint import match_by_name, restore_exactly
+from lightning_muon.optim import foreign
+from lightning_muon.optim.checkpoint import match_by_name
 from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.muon import Muon
 from lightning_muon.partition import ParameterAssignment, ParameterRule, Partition, partition_parameters
@@ -35,7 +36,8 @@ class HybridOptimizer(Optimizer):
 
     Raises:
         ValueError: if there is no child, if children share a parameter or if two groups have one name.
-        TypeError: if a child is not a ``torch.optim.Optimizer``, or needs several passes a step (``LBFGS``).
+        TypeError: if a child is not a ``torch.optim.Optimizer``, wraps another one, or evaluates the model by itself
+            (``LBFGS``).
 
     Example::
 
@@ -98,9 +100,9 @@ class HybridOptimizer(Optimizer):
         optimizers: dict[str, Optimizer] = {}
         other_groups, matrix_groups = partition.param_groups("other"), partition.param_groups("matrix")
         if other_groups:
-            optimizers["other"] = _build(other or AdamW, other_groups)
+            optimizers["other"] = _build(other or AdamW, other_groups, "other")
         if matrix_groups:
-            optimizers["matrix"] = _build(matrix or Muon, matrix_groups)
+            optimizers["matrix"] = _build(matrix or Muon, matrix_groups, "matrix")
         if not optimizers:
             raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to optimize.")
         if not matrix_groups:
@@ -157,19 +159,36 @@ class HybridOptimizer(Optimizer):
         if not self._is_linked():
             self._link()
         self._carry_momentum()
-        # Matrix optimizers check everything before they move anything: first, so that a refused step changes nothing.
-        # They get the loss, which some rules need; others would take a closure for leave to evaluate the model.
-        for child in sorted(self.optimizers.values(), key=lambda child: not isinstance(child, MatrixOptimizer)):
+        # Who differentiates the gradients has to do so while all weights are as they were. Matrix optimizers check
+        # everything before they move anything: then they, so that a refused step changes nothing. They get the loss,
+        # which some rules need; others would take a closure for leave to evaluate the model.
+        for child in self._order:
             if isinstance(child, MatrixOptimizer) and closure is not None:
                 child.step(lambda: cast(float, loss))
             else:
                 child.step()
         return loss
 
+    def train(self) -> None:
+        """Switch schedule-free children to the weights to train on; others have no such mode. A Trainer does it."""
+        for child in self._modal:
+            child.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """Switch schedule-free children to the weights to evaluate and to save."""
+        for child in self._modal:
+            child.eval()  # type: ignore[attr-defined]
+
     def observe_updates(self, observer: Callable[[str, Tensor], None]) -> list[Any]:
         """Register ``observer(name, update)`` with every child that is a :class:`MatrixOptimizer`; a handle each."""
         children = self.optimizers.values()
         return [child.observe_updates(observer) for child in children if isinstance(child, MatrixOptimizer)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """One flat state; what children of other packages keep besides is under ``"children"``, by name."""
+        state_dict = super().state_dict()
+        extras = {owner: foreign.extra_entries(child) for owner, child in self.optimizers.items()}
+        return {**state_dict, "children": extras} if any(extras.values()) else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load by parameter name: the order of groups and parameters may have changed, their membership may not.
@@ -178,11 +197,16 @@ class HybridOptimizer(Optimizer):
             ValueError: if a parameter is missing, unexpected or in another group than it was; names them.
         """
         state_dict = match_by_name(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
-        for child in self.optimizers.values():
-            if isinstance(child, MatrixOptimizer):
-                restore_exactly(self, state_dict, child.param_groups)
-                child.check_state()
+        owners = [self._owner(group) for group in self.param_groups]
+        super().load_state_dict({**state_dict, "state": {}})
+        for owner, part in foreign.split_state(state_dict, owners).items():
+            child = self.optimizers[owner]
+            child.load_state_dict(part)
+            self.state.update(child.state)
+            own = [group for group, name in zip(self.param_groups, owners, strict=True) if name == owner]
+            for group, loaded in zip(own, child.param_groups, strict=True):
+                group.update(loaded)
+        self._link()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("optimizers", "_partition", "_owners", "_constructing")}
@@ -204,12 +228,17 @@ class HybridOptimizer(Optimizer):
             owned = [group for group in self.param_groups if self._owner(group) == owner]
             child.__setstate__({"state": self.state, "param_groups": owned})
         self._linked = list(self.param_groups)
+        children = self.optimizers.values()
+        self._order = sorted(children, key=_turn)
+        self._modal = [child for child in children if foreign.has_modes(child)]
         self._momenta = {id(group): group.get("momentum") for group in self.param_groups}
 
     def _carry_momentum(self) -> None:
         """Keep ``momentum`` and ``betas[0]`` of a group the same, whichever a scheduler such as OneCycleLR has set."""
         for group in self.param_groups:
             if "betas" not in group or "momentum" not in group or group["momentum"] == group["betas"][0]:
+                continue
+            if "momentum" in self.optimizers[self._owner(group)].defaults:  # its own, and not another word for betas[0]
                 continue
             if group["momentum"] != self._momenta.get(id(group), group["momentum"]):
                 group["betas"] = (group["momentum"], *group["betas"][1:])
@@ -273,14 +302,16 @@ def _check_children(optimizers: Mapping[str, Optimizer]) -> None:
     for name, child in optimizers.items():
         if not isinstance(child, Optimizer):
             raise TypeError(f"The child {name!r} is {type(child).__name__}, not a torch.optim.Optimizer.")
-        if isinstance(child, LBFGS):
-            raise TypeError(
-                f"The child {name!r} is LBFGS, which evaluates the model several times a step: a hybrid cannot hold it."
-            )
+        foreign.check_child(name, child)
+    foreign.check_together(optimizers)
     owners = Counter(p for child in optimizers.values() for group in child.param_groups for p in group["params"])
     if any(count > 1 for count in owners.values()):
         shapes = [tuple(parameter.shape) for parameter, count in owners.items() if count > 1]
         raise ValueError(f"Each parameter may have one optimizer only; these shapes are in several: {shapes}.")
+
+
+def _turn(child: Optimizer) -> tuple[bool, bool]:
+    return not foreign.differentiates_gradients(child), not isinstance(child, MatrixOptimizer)
 
 
 def _check_names(groups: Iterable[dict[str, Any]]) -> None:
@@ -294,8 +325,13 @@ def _shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
 
     ``betas`` stays out: with it they would read and write ``betas`` of every group and miss Muon's momentum.
     """
-    children = optimizers.values()
-    return {key: child.defaults[key] for child in children for key in ("lr", "momentum") if key in child.defaults}
+    shared: dict[str, Any] = {}
+    for child in optimizers.values():
+        shared.update({key: child.defaults[key] for key in ("lr", "momentum") if key in child.defaults})
+    for child in optimizers.values():
+        if "betas" in child.defaults:
+            shared.setdefault("momentum", child.defaults["betas"][0])
+    return shared
 
 
 def _set_momentum(group: dict[str, Any]) -> None:
@@ -311,12 +347,12 @@ def _set_param_names(group: dict[str, Any], partition: Partition | None) -> None
         group["param_names"] = [known.get(id(p), f"{group['name']}[{index}]") for index, p in parameters]
 
 
-def _build(factory: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
+def _build(factory: OptimizerFactory, groups: list[dict[str, Any]], owner: str) -> Optimizer:
     allowed = {"params", "param_names", "name", "layouts"}
     options = {key for group in groups for key in group} - allowed
     for group in groups:
         _check_options(group)
-    optimizer = factory(groups)
+    optimizer = foreign.construct(factory, groups, owner)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{factory!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
     unknown = sorted(options - set(optimizer.defaults))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -94,11 +95,12 @@ class MatrixOptimizer(Optimizer):
         shared = {"lr_scale": lr_scale, "cautious": cautious, "state_dtype": state_dtype, "nonfinite": nonfinite}
         super().__init__(params, {**defaults, **shared})
 
-    def init_state(self, stack: Tensor) -> dict[str, Tensor]:
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """State of a stack before its first step.
 
         Args:
             stack: the weights (B, m, n), in the state's dtype; a copy.
+            group: the options of the param group.
 
         Returns:
             Tensors of shape (B, ...): (B, m, n) for elementwise state, (B,) for a scalar a matrix. Empty for a rule
@@ -222,7 +224,7 @@ class MatrixOptimizer(Optimizer):
         """
         name = group["orthogonalize_dtype"]
         dtype = None if name is None else getattr(torch, name)
-        return orthogonalize(matrices, group["method"], group["steps"], dtype)
+        return orthogonalize(matrices, group["method"], group["steps"], dtype, overwrite=overwrite)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it."""
@@ -281,7 +283,7 @@ class MatrixOptimizer(Optimizer):
                 )
                 self._signatures[index] = signature
             for stack in self._stacks[index]:
-                stack.bind(self.state, self.init_state)
+                stack.bind(self.state, partial(self.init_state, group=group))
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:

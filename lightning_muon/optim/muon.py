@@ -80,7 +80,7 @@ class Muon(MatrixOptimizer):
             params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
         )
 
-    def init_state(self, stack: Tensor) -> dict[str, Tensor]:
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(stack)}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:

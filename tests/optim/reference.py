@@ -58,11 +58,13 @@ POLYNOMIALS: dict[str, list[tuple[float, float, float]]] = {
         (2.2230472, -0.9630650, 0.0),
     ],
 }
-DEFAULT_STEPS = {"jordan": 5, "you": 5, "polar_express": 5, "cans": 5, "deepseek": 10, "simple": 12, "cubic": 5}
+POLYNOMIALS["gram"] = POLYNOMIALS["polar_express"]  # the same by other products
+DEFAULT_STEPS = dict.fromkeys(POLYNOMIALS, 5) | {"deepseek": 10, "simple": 12}
 ITERATIVE_METHODS = tuple(POLYNOMIALS)
-METHODS = (*ITERATIVE_METHODS, "svd")
-# These two grow above 1 (their first polynomial is steep there): what is rounded up would diverge without a margin.
-SAFETY = {"polar_express": 1.01, "cans": 1.01}
+EXACT_METHODS = ("qdwh", "svd")
+METHODS = (*ITERATIVE_METHODS, *EXACT_METHODS)
+# These grow above 1 (their first polynomial is steep there): what is rounded up would diverge without a margin.
+SAFETY = {"polar_express": 1.01, "gram": 1.01, "cans": 1.01}
 LR_SCALES = ("match_rms_adamw", "original", "spectral", "none")
 
 
@@ -92,7 +94,7 @@ def polar(matrix: Tensor) -> Tensor:
 def orthogonalize(matrix: Tensor, method: str = "jordan", steps: int | None = None) -> Tensor:
     """(m, n) -> (m, n) in float64."""
     x = matrix.double()
-    if method == "svd":
+    if method in EXACT_METHODS:
         return polar(x)
     norm = normalizer(method, x)
     if norm == 0:

@@ -343,7 +343,7 @@ def test_subclass_with_its_own_rule() -> None:
         def __init__(self, params: Any, lr: float = 1e-3, **shared: Any) -> None:
             super().__init__(params, {"lr": lr, "weight_decay": 0.0}, **shared)
 
-        def init_state(self, stack: torch.Tensor) -> dict[str, torch.Tensor]:
+        def init_state(self, stack: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
             return {"steps": stack.new_zeros(stack.shape[0]), "second": torch.zeros_like(stack)}
 
         def direction(self, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> torch.Tensor:

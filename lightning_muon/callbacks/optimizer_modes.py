@@ -1,0 +1,57 @@
+"""OptimizerModes: schedule-free optimizers train and evaluate with the right weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class OptimizerModes(Callback):
+    """Calls ``train()`` and ``eval()`` of optimizers that have them, as schedule-free ones do.
+
+    Such optimizers train on other weights than those they recommend. Batches are trained in train mode. Validation,
+    every ``state_dict`` of the module, hence every checkpoint, and the module after the fit have the recommended
+    weights. A module with :class:`lightning_muon.MuonMixin` and one under ``MuonCLI`` get this callback by themselves
+    where an optimizer needs it.
+
+    Example::
+
+        Trainer(callbacks=[OptimizerModes()])
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not on_save_checkpoint: it comes after the optimizer states are taken, and not at all for weights alone.
+        self._handle = pl_module.register_state_dict_pre_hook(_recommend)  # type: ignore[no-untyped-call]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        _switch(trainer, "train")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _switch(trainer, "eval")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        _switch(trainer, "eval")
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _recommend(module: LightningModule, prefix: str, keep_vars: bool) -> None:
+    _switch(module.trainer, "eval")
+
+
+def _switch(trainer: Trainer, mode: str) -> None:
+    for optimizer in trainer.optimizers:
+        switch = getattr(optimizer, mode, None)
+        if callable(switch):
+            switch()

@@ -1,0 +1,130 @@
+"""AdaMuon: Muon with Adam's second moment of the orthogonalized momentum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_muon.linalg import OrthogonalizationMethod
+from lightning_muon.linalg.scale import normalized
+from lightning_muon.optim.arguments import check_choice, check_fraction, check_positive
+from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+
+
+class AdaMuon(MatrixOptimizer):
+    r"""AdaMuon: the orthogonalized sign of the momentum, each entry divided by its own running size.
+
+    .. math::
+        M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
+        \tilde M_t &= \mu M_t + (1 - \mu)\, G_t \quad\text{with nesterov, else}\quad M_t \\
+        O_t &= \operatorname{orthogonalize}(\operatorname{sign}(\tilde M_t)) \quad\text{with sign, else}\quad
+        \operatorname{orthogonalize}(\tilde M_t) \\
+        V_t &= \beta_2 V_{t-1} + (1 - \beta_2)\, O_t \odot O_t \\
+        \hat O_t &= O_t \oslash (\sqrt{V_t} + \epsilon) \\
+        D_t &= \sqrt{\min(m, n)}\; \hat O_t / \|\hat O_t\|_F \\
+        W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n)\, D_t
+
+    Source: arXiv 2507.11005 and the authors' code (github.com/Chongjie-Si/AdaMuon). With the default ``lr_scale`` the
+    root mean square of the update is 0.2 exactly, as in the paper. The paper uses one :math:`\beta` for both averages,
+    writes the first as :math:`\beta M + G` (the same after the sign) and does not look ahead; the authors' code does.
+    The sign is in the paper and in the authors' code; ``sign=False`` is how several libraries have it. No bias is
+    corrected, because a factor common to all entries cancels in the norm.
+
+    Prefer it to Muon where entries of one matrix differ much in how noisy they are, and where another element of state
+    per weight is affordable. The update of the first step is a matrix of signs, as Adam's is.
+
+    Args:
+        params: parameters or param groups; see :class:`MatrixOptimizer`.
+        lr: learning rate :math:`\eta`.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        momentum: :math:`\mu`, from 0 to below 1.
+        beta2: :math:`\beta_2`, decay of the squares, from 0 to below 1. With 0 every update is a matrix of signs.
+        nesterov: look one step ahead.
+        sign: orthogonalize the signs of the momentum instead of the momentum.
+        eps: :math:`\epsilon`, above 0; small against the entries of an orthogonal matrix, about
+            :math:`1/\sqrt{\max(m, n)}`.
+        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the method's own.
+        lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
+        state_dtype: dtype of the state; None for each parameter's own.
+        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+
+    State: ``momentum_buffer`` and ``second_moment``, one element per weight each: AdamW's memory. ``second_moment`` is
+    float32 where ``state_dtype`` is float16, in which squares vanish.
+
+    Cost: that of Muon and some five passes over the update.
+
+    Raises:
+        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        nesterov: bool = True,
+        sign: bool = True,
+        eps: float = 1e-8,
+        method: OrthogonalizationMethod = "jordan",
+        steps: int | None = None,
+        lr_scale: LRScale = "match_rms_adamw",
+        cautious: bool = False,
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "nesterov": nesterov,
+            "sign": sign,
+            "eps": eps,
+            "method": method,
+            "steps": steps,
+            "orthogonalize_dtype": orthogonalize_dtype,
+        }
+        super().__init__(
+            params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_fraction(group, "beta2")
+        check_choice(group, "sign", (False, True))
+        check_positive(group, "eps")
+
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        dtype = torch.float32 if stack.dtype == torch.float16 else stack.dtype
+        return {
+            "momentum_buffer": torch.zeros_like(stack),
+            "second_moment": torch.zeros_like(stack, dtype=dtype),
+        }
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        momentum = self.momentum(grad, state, group)
+        if group["sign"]:
+            momentum = _signs(momentum)
+        factors = self.orthogonalize(momentum, group)
+        factors = factors.to(torch.promote_types(factors.dtype, torch.float32))
+        second_moment = state["second_moment"]
+        second_moment.mul_(group["beta2"]).addcmul_(factors, factors, value=1 - group["beta2"])
+        factors.div_(second_moment.to(factors.dtype).sqrt().add_(group["eps"]))
+        return normalized(factors, 1.0, factors.dtype, overwrite=True).mul_(math.sqrt(min(factors.shape[-2:])))
+
+
+def _signs(momentum: Tensor) -> Tensor:
+    """Signs, in the memory of ``momentum``; all NaN for a matrix with NaN or infinity, which its signs would hide."""
+    entries = momentum.flatten(1)
+    zero_or_nan = entries.amax(dim=1).mul_(0).add_(entries.amin(dim=1).mul_(0))
+    return momentum.sign_().add_(zero_or_nan[:, None, None])

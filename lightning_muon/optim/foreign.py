@@ -1,0 +1,161 @@
+"""Optimizers of other packages: which ones a hybrid can hold, and the state that only their own methods know."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def construct(
+    factory: Callable[[list[dict[str, Any]]], Optimizer], groups: list[dict[str, Any]], owner: str
+) -> Optimizer:
+    """Call ``factory`` with param groups, and check what it makes.
+
+    Muon of pytorch-optimizer and its kin, which are told in each group whether to orthogonalize, are told so here.
+
+    Raises:
+        TypeError: if the optimizer cannot be part of a hybrid; see :func:`check_child`.
+        Exception: whatever the factory raises, with a note on what it was called for and with.
+    """
+    try:
+        optimizer = factory(groups)
+    except Exception as error:
+        if isinstance(error, ValueError) and "use_muon" in str(error):
+            return construct(factory, [{**group, "use_muon": owner == "matrix"} for group in groups], owner)
+        if not (isinstance(error, ValueError) and _is_ours(error)):
+            error.add_note(
+                f"{_name(factory)} cannot be the optimizer of {owner!r}, which is made from a list of param groups and "
+                "nothing else. If it wraps another optimizer, takes the model, knows no param groups or runs on other "
+                "hardware only, choose one that does not."
+            )
+        raise
+    if isinstance(optimizer, Optimizer):
+        check_child(owner, optimizer)
+    return optimizer
+
+
+def check_child(name: str, child: Optimizer) -> None:
+    """Refuse an optimizer that cannot be stepped, saved or resumed as part of a hybrid.
+
+    Raises:
+        TypeError: names the child, what it needs and what to do.
+    """
+    kind = type(child).__name__
+    wrapped = _wrapped_optimizer(child)
+    if wrapped is not None:
+        inner = type(wrapped).__name__
+        raise TypeError(
+            f"The child {name!r} is {kind}, a wrapper of {inner}, whose state and closures a hybrid cannot reach. "
+            f"Give {inner} itself instead."
+        )
+    if _needs_closure(child):
+        raise TypeError(
+            f"The child {name!r} is {kind}, whose step must evaluate the model by itself, maybe several times: a "
+            "hybrid evaluates it once, for all children. Choose an optimizer that goes by the gradients alone."
+        )
+
+
+def check_together(optimizers: Mapping[str, Optimizer]) -> None:
+    """Refuse children that cannot be in one hybrid.
+
+    Raises:
+        TypeError: if several differentiate the gradients.
+    """
+    names = [name for name, child in optimizers.items() if differentiates_gradients(child)]
+    if len(names) > 1:
+        kinds = ", ".join(type(optimizers[name]).__name__ for name in names)
+        raise TypeError(
+            f"The children {' and '.join(map(repr, names))} both differentiate the gradients ({kinds}), which the step "
+            "of the first makes impossible for the second. Send all their parameters to one of them, e.g. by "
+            f"ParameterRule(pattern='*', group={names[0]!r})."
+        )
+
+
+def differentiates_gradients(optimizer: Optimizer) -> bool:
+    """Whether the step estimates the Hessian from gradients of ``backward(create_graph=True)``: SophiaH, AdaHessian."""
+    return "hessian" in inspect.signature(optimizer.step).parameters
+
+
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether ``train()`` and ``eval()`` exchange the weights, as schedule-free optimizers do."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
+def extra_entries(child: Optimizer) -> dict[str, Any]:
+    """What the ``state_dict`` of a child holds besides ``state`` and ``param_groups``, e.g. SPAM's warm-up."""
+    with _by_itself(child):
+        state_dict = child.state_dict()
+    return {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
+
+
+def split_state(state_dict: dict[str, Any], owners: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The state of a hybrid as one state for each child's own ``load_state_dict``.
+
+    Args:
+        state_dict: what ``HybridOptimizer.state_dict`` returned.
+        owners: the name of the child that has each group of ``state_dict``.
+    """
+    parts = {}
+    for owner in dict.fromkeys(owners):
+        groups = [group for group, own in zip(state_dict["param_groups"], owners, strict=True) if own == owner]
+        ids = {saved_id for group in groups for saved_id in group["params"]}
+        # States that belong to no parameter go to everyone.
+        state = {key: value for key, value in state_dict["state"].items() if key in ids or not isinstance(key, int)}
+        parts[owner] = {**state_dict.get("children", {}).get(owner, {}), "state": state, "param_groups": groups}
+    return parts
+
+
+@contextmanager
+def _by_itself(child: Optimizer) -> Iterator[None]:
+    """The child with the states of its own parameters only, as it is outside of a hybrid."""
+    shared = child.state
+    own = {parameter for group in child.param_groups for parameter in group["params"]}
+    child.state = defaultdict(dict, {k: v for k, v in shared.items() if k in own or not isinstance(k, Tensor)})
+    try:
+        yield
+    finally:
+        child.state = shared
+
+
+def _wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    for value in vars(optimizer).values():
+        held: Iterable[Any] = (value,)
+        if isinstance(value, Mapping):
+            held = value.values()
+        elif isinstance(value, (list, tuple)):
+            held = value
+        for item in held:
+            if isinstance(item, Optimizer):
+                return item
+    return None
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """By a required argument of ``step``, or by an error for want of a closure that its code raises."""
+    parameters = inspect.signature(optimizer.step).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters):
+        return True
+    code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
+    return code is not None and "NoClosureError" in code.co_names  # of pytorch-optimizer
+
+
+def _name(factory: object) -> str:
+    """Name of the class that a factory makes: jsonargparse hides it among the arguments of a ``partial``."""
+    parts = [factory.func, *factory.args] if isinstance(factory, functools.partial) else [factory]
+    return next((part.__name__ for part in parts if isinstance(part, type)), repr(factory))
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, as it does for bad values, with a sentence of its own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning_muon.")

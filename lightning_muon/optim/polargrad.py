@@ -1,0 +1,118 @@
+"""PolarGrad: the polar factor of the momentum, times its nuclear norm."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_muon.linalg import OrthogonalizationMethod
+from lightning_muon.optim.arguments import check_choice
+from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
+
+PolarOrder: TypeAlias = Literal["momentum_first", "polar_first"]
+
+
+class PolarGrad(MatrixOptimizer):
+    r"""PolarGrad: Muon whose step is as long as the gradient is large, so that it vanishes at a minimum.
+
+    With ``order="momentum_first"``
+
+    .. math::
+        M_t &= \mu M_{t-1} + (1 - \mu)\, G_t, \qquad U_t = \operatorname{orthogonalize}(M_t) \\
+        \nu_t &= \langle M_t, U_t \rangle \quad (= \|M_t\|_* \text{ where the polar factor is exact}) \\
+        W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, \nu_t U_t
+
+    and with ``order="polar_first"``
+
+    .. math::
+        U_t &= \operatorname{orthogonalize}(G_t), \qquad \nu_t = \langle G_t, U_t \rangle \\
+        M_t &= \mu M_{t-1} + (1 - \mu)\, U_t, \qquad W_t = (1 - \eta\lambda)\, W_{t-1} - \eta\, \nu_t M_t.
+
+    :math:`\nu U` is the direction of steepest descent in the spectral norm with its length kept, where Muon keeps the
+    direction alone: gradients k times as large give updates k times as large. There is neither a look-ahead nor a shape
+    scale, and **learning rates of Muon or AdamW do not carry over**: one divided by the nuclear norm of a typical
+    momentum is where to start, and gradient clipping and loss scales matter as in SGD.
+
+    Source: Lau, Long & Su, arXiv 2505.21799. The authors' code runs two iterations of QDWH, which leaves :math:`U`
+    approximate; here the default runs to convergence. With any ``method`` :math:`\nu` is formed with the :math:`U`
+    that is used.
+
+    State: ``momentum_buffer``, one element per weight.
+
+    Cost: one orthogonalization, as in Muon, and an inner product. The default ``method="qdwh"`` is exact and takes
+    several times as long as Newton-Schulz. Prefer it for ill-conditioned problems with little noise, such as matrix
+    factorization and regression, where Muon's steps of constant length circle around the minimum unless the learning
+    rate decays.
+
+    Args:
+        params: parameters or param groups; see :class:`MatrixOptimizer`.
+        lr: learning rate :math:`\eta`.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        momentum: :math:`\mu`, from 0 to below 1.
+        order: what is averaged: gradients, or polar factors.
+        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the method's own.
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device and method.
+        state_dtype: dtype of the momentum; None for each parameter's own.
+        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+
+    Raises:
+        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        order: PolarOrder = "momentum_first",
+        method: OrthogonalizationMethod = "qdwh",
+        steps: int | None = None,
+        cautious: bool = False,
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "order": order,
+            "method": method,
+            "steps": steps,
+            "orthogonalize_dtype": orthogonalize_dtype,
+        }
+        super().__init__(
+            params, options, lr_scale="none", cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_choice(group, "order", get_args(PolarOrder))
+
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(stack)}
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        if group["order"] == "momentum_first":
+            momentum = self.momentum(grad, state, group)
+            polar = self.orthogonalize(momentum, group, overwrite=False)
+            return polar.mul_(_inner(momentum, polar))
+        polar = self.orthogonalize(grad, group, overwrite=False)
+        nuclear = _inner(grad, polar)
+        average = state["momentum_buffer"].lerp_(polar, 1 - group["momentum"])
+        return polar.copy_(average).mul_(nuclear)
+
+
+def _inner(matrices: Tensor, polar: Tensor) -> Tensor:
+    """Inner products (B, 1, 1) of two stacks, the first of which is overwritten.
+
+    Entries of a polar factor are at most about 1, so that the products are as safe from overflow as the matrices.
+    """
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    return matrices.mul_(polar).sum(dim=(1, 2), keepdim=True, dtype=wide)

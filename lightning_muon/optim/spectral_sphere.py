@@ -1,0 +1,277 @@
+"""SpectralSphere: Muon for weights that stay on a sphere of the spectral norm; MuonSphere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_muon.linalg import OrthogonalizationMethod
+from lightning_muon.linalg.scale import normalized
+from lightning_muon.optim.arguments import check_choice, check_integer, check_non_negative, check_positive
+from lightning_muon.optim.matrix import NonFinite
+from lightning_muon.optim.weight_aware import WeightAwareOptimizer
+
+_FIRST_POWER_ITERATIONS = 200
+"""Power iterations on the initial weights, whose singular vectors nothing is known of."""
+
+_FIRST_STRIDE = 1e-3
+"""At least how far the search for the multiplier looks from where it was."""
+
+
+class SpectralSphere(WeightAwareOptimizer):
+    r"""Spectral Sphere Optimizer: steepest descent among the weights whose largest singular value is R.
+
+    .. math::
+        M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
+        \hat M_t &= \tilde M_t / \|\tilde M_t\|_F, \qquad \tilde M_t = \mu M_t + (1 - \mu)\, G_t
+        \quad\text{with nesterov, else}\quad M_t \\
+        \Theta_t &= u v^\top, \qquad \sigma = \|W_{t-1}\|_2 = u^\top W_{t-1} v \quad\text{by power iteration} \\
+        \Phi_t &= \operatorname{orthogonalize}(\hat M_t + \lambda_t \Theta_t), \qquad
+        \lambda_t \text{ such that } \langle \Theta_t, \Phi_t \rangle = 0 \\
+        W_t &= (R / \sigma)\, W_{t-1} - \eta\, R\, \Phi_t, \qquad R = c \sqrt{m / n}
+
+    Every step first brings the spectral norm back to the radius R, with which outputs of a layer are up to c times as
+    large as its inputs, whatever its shape. The multiplier :math:`\lambda` turns the step until it is tangent to the
+    sphere, so that it leaves it by :math:`O(\eta^2)` only.
+
+    **MuonSphere** is ``lambda_search=False``: :math:`\lambda = 0`, Muon's update of weights that are retracted. Its
+    steps leave the sphere by :math:`O(\eta)`.
+
+    Source: Xie et al., arXiv 2601.08393, and the authors' code. pytorch-optimizer's class of the same name lacks the
+    retraction, so that its weights are on no sphere. The search differs from the authors', which goes up to 1.02 from
+    the last multiplier, keeps it if that is not enough, and bisects: this one reaches all :math:`|\lambda| \le
+    2\sqrt{\min(m, n)}`, within which :math:`\langle \Theta, \Phi \rangle`, which does not decrease with
+    :math:`\lambda`, changes sign. It doubles its stride from the last multiplier until it has, and then closes in by
+    false position (Illinois variant) until ``tolerance`` is met, each matrix of a stack for itself. Where no multiplier
+    meets it, because :math:`\langle \Theta, \Phi \rangle` jumps over 0 (as for :math:`\hat M = \pm\Theta`), the best
+    one tried is used. The power iteration goes on from the vectors of the last step; at first from the largest row of
+    the weights with all columns mixed in, where the authors start from ones. There are no random numbers.
+
+    Zero weights have neither a norm to bring back nor a :math:`\Theta`: their first step is Muon's. With ``lr=0``
+    weights stay as they are, also off the sphere.
+
+    State: ``momentum_buffer``, one element per weight; ``left`` u and ``right`` v, m and n numbers a matrix; and
+    ``multiplier`` :math:`\lambda`, a number a matrix.
+
+    Cost: MuonSphere takes Muon's step, with 8 iterations in float32, and 40 products of W with a vector. The search
+    orthogonalizes 3 to 6 times instead of once, more for small square matrices, and waits for the device after each.
+    (The authors quote 1 % and 11 % of the time of a training step.) Prefer it where activations must keep their size
+    without weight decay: deep or wide models, learning rates carried over between widths, low precision. The first step
+    puts the weights onto the sphere, wherever they were: it is for training from scratch rather than fine-tuning.
+
+    Args:
+        params: parameters or param groups; see :class:`MatrixOptimizer`.
+        lr: learning rate :math:`\eta`: the step's spectral norm relative to the weight's.
+        weight_decay: shrinks W before the retraction, which undoes it: of no effect unless ``cautious``.
+        momentum: :math:`\mu`, from 0 to below 1.
+        nesterov: look one step ahead.
+        radius: c; the authors found 2 best for language models.
+        lambda_search: find the multiplier; False for MuonSphere.
+        tolerance: largest :math:`|\langle \Theta, \Phi \rangle|` that the search is content with.
+        power_iterations: iterations a step for the singular vectors of the weights, from those of the last step.
+        search_steps: largest number of orthogonalizations a step.
+        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`. The tangent is as exact as it.
+        steps: number of iterations; None for the method's own.
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
+        orthogonalize_dtype: dtype of the matrix products; None to choose by device. Below float32 the search cannot
+            reach the default tolerance.
+        state_dtype: dtype of the momentum; None for each parameter's own. Vectors and multiplier are float32 at least.
+        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+
+    Raises:
+        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 5e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        radius: float = 1.0,
+        lambda_search: bool = True,
+        tolerance: float = 2e-4,
+        power_iterations: int = 20,
+        search_steps: int = 30,
+        method: OrthogonalizationMethod = "polar_express",
+        steps: int | None = 8,
+        cautious: bool = False,
+        orthogonalize_dtype: torch.dtype | str | None = "float32",
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "radius": radius,
+            "lambda_search": lambda_search,
+            "tolerance": tolerance,
+            "power_iterations": power_iterations,
+            "search_steps": search_steps,
+            "method": method,
+            "steps": steps,
+            "orthogonalize_dtype": orthogonalize_dtype,
+        }
+        super().__init__(
+            params, options, lr_scale="none", cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_positive(group, "radius")
+        check_choice(group, "lambda_search", (False, True))
+        check_non_negative(group, "tolerance")
+        check_integer(group, "power_iterations", 1)
+        check_integer(group, "search_steps", 1)
+
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        weights = stack.to(torch.promote_types(stack.dtype, torch.float32))
+        left, right, _ = _power_iteration(weights, _first_right(weights), _FIRST_POWER_ITERATIONS)
+        return {
+            "momentum_buffer": torch.zeros_like(stack),
+            "left": left,
+            "right": right,
+            "multiplier": weights.new_zeros(stack.shape[0]),
+        }
+
+    def next_weights(
+        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        lr, radius = group["lr"], group["radius"] * math.sqrt(weights.shape[1] / weights.shape[2])
+        left, right, sigma = _power_iteration(weights, state["right"].to(weights.dtype), group["power_iterations"])
+        unit = normalized(self.momentum(grad, state, group), 1.0, weights.dtype, overwrite=True)
+        if group["lambda_search"]:
+            tangent = self._tangent(unit, left, right, state["multiplier"], group)
+        else:
+            state["multiplier"].zero_()
+            tangent = self.orthogonalize(unit, group)
+        step = tangent.mul_(lr * radius)
+        if group["weight_decay"] != 0 and group["cautious"]:  # the retraction undoes any other decay
+            weights = self.decayed(weights, step, lr * group["weight_decay"], group)
+            left, right, sigma = _power_iteration(weights, right, group["power_iterations"])
+        state["left"].copy_(left)
+        state["right"].copy_(right)
+        moving = (sigma > 0) & (torch.as_tensor(lr, device=sigma.device) > 0)
+        return weights.mul_(torch.where(moving, radius / sigma, 1.0)[:, None, None]), step
+
+    def _tangent(self, unit: Tensor, left: Tensor, right: Tensor, multiplier: Tensor, group: dict[str, Any]) -> Tensor:
+        """Phi (B, m, n). ``multiplier`` (B,) holds where to start from, and then what was found."""
+        multiplier.masked_fill_(torch.linalg.vector_norm(unit, dim=(1, 2)) == 0, 0.0)  # there Phi is 0
+        every = torch.arange(unit.shape[0], device=unit.device)
+        tangent, slope = self._turned(unit, left, right, every, multiplier, group)
+        bracket = _Bracket(multiplier, slope, 2.0 * math.sqrt(min(unit.shape[1:])))
+        error = slope.abs()
+        for _ in range(group["search_steps"] - 1):
+            trial = bracket.trial()
+            index = (bracket.inside(trial) & (error > group["tolerance"])).nonzero().squeeze(1)
+            if index.numel() == 0:
+                break
+            tried = trial[index]
+            candidate, slope = self._turned(unit, left, right, index, tried, group)
+            bracket.narrow(index, tried, slope)
+            better = slope.abs() < error[index]
+            multiplier[index] = torch.where(better, tried, multiplier[index])
+            error[index] = torch.where(better, slope.abs(), error[index])
+            tangent[index] = torch.where(better[:, None, None], candidate, tangent[index])
+        return tangent
+
+    def _turned(
+        self, unit: Tensor, left: Tensor, right: Tensor, index: Tensor, multiplier: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Of some matrices: orthogonalize(unit + multiplier Theta) (b, m, n) and its inner product with Theta (b,)."""
+        left, right = left[index], right[index]
+        turned = unit[index].baddbmm_((multiplier.to(left.dtype)[:, None] * left)[:, :, None], right[:, None, :])
+        turned = self.orthogonalize(turned, group)
+        return turned, (left * _times(turned, right)).sum(dim=1)
+
+
+class _Bracket:
+    """For each of B non-decreasing functions the arguments between which it changes sign, as far as known.
+
+    Args:
+        start: (B,) arguments.
+        value: (B,) the functions there.
+        limit: roots lie within plus and minus this.
+    """
+
+    def __init__(self, start: Tensor, value: Tensor, limit: float) -> None:
+        self.limit = limit
+        self.low = torch.where(value < 0, start, -math.inf)
+        self.high = torch.where(value < 0, math.inf, start)
+        self.low_value, self.high_value = value.clone(), value.clone()
+        self.rose = value < 0  # whether the last value was negative, so that the low end moved
+        # A guess of the distance of the root: the functions rise by some sqrt(min(m, n)) per unit.
+        self.stride = (value.abs() * (4 / limit)).clamp_(min=_FIRST_STRIDE)
+
+    def trial(self) -> Tensor:
+        """(B,) where to evaluate next: false position inside a bracket, else ever further out."""
+        outward = torch.where(self.low.isfinite(), self.low + self.stride, self.high - self.stride)
+        self.stride.mul_(2)
+        middle = (self.low + self.high) / 2
+        weight = self.high_value / (self.high_value - self.low_value)
+        crossing = self.high - weight * (self.high - self.low)
+        between = torch.where((crossing > self.low) & (crossing < self.high), crossing, middle)
+        known = self.low.isfinite() & self.high.isfinite()
+        return torch.where(known, between, outward.clamp(-self.limit, self.limit))
+
+    def inside(self, trial: Tensor) -> Tensor:
+        """(B,) whether the trial tells anything new; not so at the limit, or where floats end."""
+        return (trial > self.low) & (trial < self.high)
+
+    def narrow(self, index: Tensor, trial: Tensor, value: Tensor) -> None:
+        """Take note of the values of some functions at their trials."""
+        rose = value < 0
+        again = rose == self.rose[index]
+        # An end that stays twice pulls the next trial to itself with half its value: without that it may stay for ever.
+        low_value = torch.where(again & ~rose, self.low_value[index] / 2, self.low_value[index])
+        high_value = torch.where(again & rose, self.high_value[index] / 2, self.high_value[index])
+        self.low[index] = torch.where(rose, trial, self.low[index])
+        self.high[index] = torch.where(rose, self.high[index], trial)
+        self.low_value[index] = torch.where(rose, value, low_value)
+        self.high_value[index] = torch.where(rose, high_value, value)
+        self.rose[index] = rose
+
+
+def _first_right(weights: Tensor) -> Tensor:
+    """(B, n) unit vectors to start the power iteration of (B, m, n) from: mostly the row of the largest norm.
+
+    That row alone may have no part in the largest singular direction, as in a block diagonal matrix; with the
+    fractional parts of the multiples of the golden ratio added, no structured matrix is orthogonal to it.
+    """
+    largest = torch.linalg.vector_norm(weights, dim=2).argmax(dim=1)
+    row = weights[torch.arange(weights.shape[0], device=weights.device), largest]
+    count = torch.arange(1, weights.shape[2] + 1, device=weights.device, dtype=weights.dtype)
+    mixed = (count * ((math.sqrt(5) - 1) / 2)) % 1 - 0.5
+    start = _unit(row) + 0.5 * _unit(mixed.expand_as(row))
+    return _unit(torch.where(start.isfinite(), start, mixed))
+
+
+def _power_iteration(weights: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest singular value sigma (B,) of (B, m, n), with left (B, m) and right (B, n) singular vectors.
+
+    ``right`` is where to start; it is kept for a zero matrix, whose left vector is zero, and for a non-finite one.
+    """
+    for _ in range(iterations):
+        product = _times(weights.mT, _unit(_times(weights, right)))
+        found = torch.linalg.vector_norm(product, dim=1, keepdim=True) > 0
+        right = torch.where(found, _unit(product), right)
+    image = _times(weights, right)
+    return _unit(image), right, torch.linalg.vector_norm(image, dim=1)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(B, m, n) and (B, n) -> (B, m)."""
+    return torch.bmm(matrices, vectors[:, :, None]).squeeze(2)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Each of (B, n) divided by its length; zero for zero."""
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.where(length == 0, 1.0, length)

@@ -1,0 +1,210 @@
+"""MuonNSR and MuonVS: Muon of a momentum that is divided by its noise, entry by entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_muon.linalg import OrthogonalizationMethod
+from lightning_muon.optim.arguments import bias_correction, check_non_negative, check_positive
+from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+
+
+class _VarianceAdaptiveMuon(MatrixOptimizer):
+    """What the two rules share: all but the denominator."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_positive(group, "eps")
+
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        variance_dtype = torch.float32 if stack.dtype == torch.float16 else stack.dtype
+        step_dtype = torch.promote_types(stack.dtype, torch.float32)
+        return {
+            "momentum_buffer": torch.zeros_like(stack),
+            "variance": torch.zeros_like(stack, dtype=variance_dtype),
+            "step": stack.new_zeros(stack.shape[0], dtype=step_dtype),
+        }
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        return self.orthogonalize(self._adapted_momentum(grad, state, group), group)
+
+    def _adapted_momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """The look-ahead over its denominator, in the memory of ``grad`` if that is float32 or float64."""
+        beta = group["momentum"]
+        buffer, variance = state["momentum_buffer"], state["variance"]
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        deviation = buffer - wide  # of the gradient from the average before this step
+        variance.mul_(beta).addcmul_(deviation, deviation, value=beta * (1 - beta))
+        buffer.lerp_(grad, 1 - beta)
+        correction = bias_correction(state["step"].add_(1), beta)
+        look_ahead = wide.addcdiv_(buffer, correction, value=beta / (1 - beta))
+        corrected = torch.div(variance, correction, out=deviation)
+        return look_ahead.div_(self._denominator(look_ahead, corrected, group))
+
+    def _denominator(self, look_ahead: Tensor, variance: Tensor, group: dict[str, Any]) -> Tensor:
+        """What the look-ahead is divided by; may overwrite ``variance``."""
+        raise NotImplementedError
+
+
+class MuonNSR(_VarianceAdaptiveMuon):
+    r"""Muon-NSR: entries of the momentum that are mostly noise are shrunk before it is orthogonalized.
+
+    .. math::
+        \Gamma_t &= \mu \Gamma_{t-1} + \mu (1 - \mu)\, (M_{t-1} - G_t)^2 \\
+        M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
+        \hat M_t &= M_t / (1 - \mu^t), \qquad \hat\Gamma_t = \Gamma_t / (1 - \mu^t) \\
+        \tilde M_t &= G_t + \tfrac{\mu}{1 - \mu}\, \hat M_t \\
+        D_t &= \tilde M_t \oslash \bigl(\sqrt{\tilde M_t^2 + \gamma\, \hat\Gamma_t} + \epsilon\bigr) \\
+        W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n) \operatorname{orthogonalize}(D_t)
+
+    :math:`\Gamma` is the running variance of the gradient: :math:`M^2 + \Gamma` is Adam's second moment for equal
+    decays. Source: arXiv 2601.14603 and the authors' code (github.com/jingru-lee/Variance-Adaptive-Muon), whose
+    :math:`\epsilon` stands outside the root as here, though its docstring has it inside. The look-ahead is part of the
+    rule. The first step orthogonalizes the signs of the gradient.
+
+    Prefer it to Muon where gradients are noisy, as with small batches, at AdamW's memory.
+
+    The answer does not depend on the size of gradients from some hundred :math:`\epsilon` to 1e17 or so. Below, it
+    turns smoothly into that of Muon with nesterov, because :math:`\epsilon` outweighs the root. Squares of entries
+    above 1e18 overflow in float32: such entries do not move, and if the gradients are above 1e20 they never will, as
+    in Adam. A ``momentum`` of 0 leaves the signs of the gradient.
+
+    Args:
+        params: parameters or param groups; see :class:`MatrixOptimizer`.
+        lr: learning rate :math:`\eta`.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        momentum: :math:`\mu`, from 0 to below 1, for the average and the variance.
+        gamma: :math:`\gamma`, 0 or more: how much noise counts. The authors' class has 10, their larger runs 1000.
+        eps: :math:`\epsilon`, above 0.
+        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the method's own.
+        lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`. The authors use ``"match_rms_adamw"`` and
+            ``"original"`` in different runs.
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
+        state_dtype: dtype of the state; None for each parameter's own.
+        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+
+    State: ``momentum_buffer`` and ``variance``, one element per weight each, and ``step``, one per matrix. ``variance``
+    is float32 where ``state_dtype`` is float16, in which squares vanish.
+
+    Cost: that of Muon and some six passes over the gradient.
+
+    Raises:
+        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        gamma: float = 10.0,
+        eps: float = 1e-8,
+        method: OrthogonalizationMethod = "jordan",
+        steps: int | None = None,
+        lr_scale: LRScale = "match_rms_adamw",
+        cautious: bool = False,
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "gamma": gamma,
+            "eps": eps,
+            "method": method,
+            "steps": steps,
+            "orthogonalize_dtype": orthogonalize_dtype,
+        }
+        super().__init__(
+            params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_non_negative(group, "gamma")
+
+    def _denominator(self, look_ahead: Tensor, variance: Tensor, group: dict[str, Any]) -> Tensor:
+        return variance.mul_(group["gamma"]).addcmul_(look_ahead, look_ahead).sqrt_().add_(group["eps"])
+
+
+class MuonVS(_VarianceAdaptiveMuon):
+    r"""Muon-VS: the momentum divided by its standard deviation, entry by entry, then orthogonalized.
+
+    As :class:`MuonNSR`, with
+
+    .. math::
+        D_t = \tilde M_t \oslash \bigl(\sqrt{\hat\Gamma_t} + \epsilon\bigr),
+
+    its limit for large :math:`\gamma`, which leaves nothing to tune. Source: arXiv 2601.14603 and the authors' code
+    (github.com/jingru-lee/Variance-Adaptive-Muon), which takes an ``alpha`` here and ignores it.
+
+    Prefer it to :class:`MuonNSR` to have one argument less. An entry whose gradient hardly varies gets a large weight,
+    and its rounding decides how large; one whose variance is 0, as with a ``momentum`` of 0, is divided by
+    :math:`\epsilon` alone, which stays finite for gradients up to 1e29.
+
+    The answer does not depend on the size of gradients from some hundred :math:`\epsilon` to 1e19 or so. Below, it
+    turns smoothly into that of Muon with nesterov, because :math:`\epsilon` outweighs the root. A variance above
+    3e38, of gradients near 1e20, overflows in float32: such entries never move again, as in Adam.
+
+    Args:
+        params: parameters or param groups; see :class:`MatrixOptimizer`.
+        lr: learning rate :math:`\eta`.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        momentum: :math:`\mu`, from 0 to below 1, for the average and the variance.
+        eps: :math:`\epsilon`, above 0.
+        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the method's own.
+        lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
+        state_dtype: dtype of the state; None for each parameter's own.
+        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+
+    State: ``momentum_buffer`` and ``variance``, one element per weight each, and ``step``, one per matrix. ``variance``
+    is float32 where ``state_dtype`` is float16, in which squares vanish.
+
+    Cost: that of Muon and some five passes over the gradient.
+
+    Raises:
+        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        eps: float = 1e-8,
+        method: OrthogonalizationMethod = "jordan",
+        steps: int | None = None,
+        lr_scale: LRScale = "match_rms_adamw",
+        cautious: bool = False,
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = "float32",
+        nonfinite: NonFinite = "propagate",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "eps": eps,
+            "method": method,
+            "steps": steps,
+            "orthogonalize_dtype": orthogonalize_dtype,
+        }
+        super().__init__(
+            params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        )
+
+    def _denominator(self, look_ahead: Tensor, variance: Tensor, group: dict[str, Any]) -> Tensor:
+        return variance.sqrt_().add_(group["eps"])

@@ -1,21 +1,31 @@
-"""A rule of your own: RMNP (arXiv 2603.20527), momentum whose rows are scaled to one length.
+"""A rule of your own, in two methods: RMNP (arXiv 2603.20527).
 
 lightning-muon fit --model examples.plain.Classifier --data examples.plain.RandomTokens \
-    --matrix_optimizer examples.custom_rule.RMNP --matrix_optimizer.lr 1e-3 --trainer.max_epochs 1
+        --matrix_optimizer examples.custom_rule.RMNP --matrix_optimizer.lr 1e-3 --trainer.max_epochs 1
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from lightning_muon import MatrixOptimizer
 
 
 class RMNP(MatrixOptimizer):
-    """W <- (1 - lr wd) W - lr s(m, n) D, where D has the rows of the momentum, scaled to unit length."""
+    """Momentum whose rows are scaled to unit length.
 
-    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+    Args:
+        params: parameters or param groups.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        momentum: decay of the moving average of gradients.
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

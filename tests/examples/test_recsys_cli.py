@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+import lightning_muon
 from examples.recsys.__main__ import main
 from examples.recsys.models import PaperSASRec, SASRec
+from lightning_muon import MatrixOptimizer, WeightAwareOptimizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -58,18 +61,43 @@ def test_configuration_is_complete(config, capsys):
     assert {name.split("/")[0] for name in groups} == {"matrix", "other"}
 
 
-@pytest.mark.parametrize(
-    ("piece", "matrix_class", "matrix_lr", "other_lr"),
-    [("muon", "Muon", 3e-4, 1e-3), ("adamw", "AdamW", 3e-4, 3e-4), ("adamw_two_lr", "AdamW", 3e-4, 1e-3)],
-)
-@pytest.mark.parametrize("config", ["sasrec_beauty", "sasrec_paper_beauty", "sasrec_synthetic"])
-def test_optimizer_pieces_combine_with_a_model(config, piece, matrix_class, matrix_lr, other_lr):
-    pieces = ["--config", str(CONFIGS / f"{config}.yaml"), "--config", str(CONFIGS / "optimizer" / f"{piece}.yaml")]
-    optimizer = main(["partition", *pieces]).model.configure_optimizers()
-    assert type(optimizer.optimizers["matrix"]).__name__ == matrix_class
-    assert type(optimizer.optimizers["other"]) is torch.optim.AdamW
+PIECES = sorted((CONFIGS / "optimizer").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("piece", PIECES, ids=lambda path: path.stem)
+def test_optimizer_pieces_combine_with_a_model(piece):
+    """Each file chooses the class and the learning rates that it names, over those of the model's file."""
+    chosen = yaml.safe_load(piece.read_text())["model"]["init_args"]
+    cli = main(["partition", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--config", str(piece)])
+    optimizer = cli.model.configure_optimizers()
     rates = {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups}
-    assert rates == {"matrix": matrix_lr, "other": other_lr}
+    for owner in ("matrix", "other"):
+        settings = chosen[f"{owner}_optimizer"]
+        assert type(optimizer.optimizers[owner]).__name__ == settings["class_path"].rpartition(".")[2]
+        assert rates[owner] == settings["init_args"]["lr"]
+
+
+def test_every_rule_has_a_piece():
+    texts = "".join(piece.read_text() for piece in PIECES)
+    rules = [name for name in lightning_muon.__all__ if _is_rule(getattr(lightning_muon, name))]
+    assert len(rules) >= 17
+    assert [name for name in rules if f"lightning_muon.{name}," not in texts] == []
+
+
+def _is_rule(value):
+    bases = (MatrixOptimizer, WeightAwareOptimizer)
+    return isinstance(value, type) and issubclass(value, MatrixOptimizer) and value not in bases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", PIECES, ids=lambda path: path.stem)
+def test_every_piece_trains(piece):
+    """Two steps on synthetic data leave finite weights."""
+    sizes = ["--data.num_users=64", "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"]
+    cli = main(["fit", *SYNTHETIC, "--config", str(piece), *sizes, *quiet])
+    assert cli.trainer.global_step == 2
+    assert all(parameter.isfinite().all() for parameter in cli.model.parameters())
 
 
 def test_unknown_category_is_refused_by_name(capsys):

@@ -101,3 +101,22 @@ def test_the_radius_comes_back_with_a_checkpoint() -> None:
     other.optimizer.load_state_dict(run.optimizer.state_dict())
     other.step(grads[2])
     assert float(other.weights[-1].norm()) == pytest.approx(float(weight.norm()), rel=1e-10)
+
+
+@pytest.mark.parametrize("radius", [None, 2.0])
+def test_without_a_step_nothing_changes(radius: float | None) -> None:
+    """A zero gradient and a learning rate of 0 leave every bit, also of weights that are not on the sphere yet."""
+    (weight,), grads = normal(6, 4, seed=1), normal(6, 4, 2)
+    still = walk(MuonHyperball, weight, [torch.zeros(6, 4)], weight_decay=0.5, radius=radius)
+    assert torch.equal(still.weights[-1], weight)
+    assert torch.equal(walk(MuonHyperball, weight, grads, lr=0.0, weight_decay=0.5, radius=radius).weights[-1], weight)
+
+
+def test_steps_as_long_as_the_weights() -> None:
+    """A learning rate of 1; and where the step leads to zero, which has no direction, nothing breaks."""
+    (weight,), (grad,) = normal(6, 4, seed=1), normal(6, 4)
+    run = walk(MuonHyperball, weight, [grad], lr=1.0)
+    assert relative(run.weights[-1], weight) > 0.1
+    assert float(run.weights[-1].norm()) == pytest.approx(float(weight.norm()), rel=1e-12)
+    eye = torch.eye(2, dtype=torch.float64)
+    assert torch.isfinite(walk(MuonHyperball, eye, [eye] * 2, lr=1.0, momentum=0.0).weights[-1]).all()

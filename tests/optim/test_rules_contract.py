@@ -42,6 +42,7 @@ class Rule:
         orthogonalizes: whether it takes ``orthogonalize_dtype``.
         memory: temporary memory of a step, in stacks and a bit for what there is one of a row or column. Above 3
             where factors are kept beside the matrix, or new weights beside the old.
+        costliest: options with which every step is as costly as the costliest.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Rule:
     decides: bool = False
     orthogonalizes: bool = True
     memory: float = 3.15
+    costliest: dict[str, Any] = field(default_factory=dict)
 
     def make(self, params: Any, **options: Any) -> MatrixOptimizer:
         chosen: dict[str, Any] = {"lr": 0.02, "weight_decay": WEIGHT_DECAY, **self.options}
@@ -111,6 +113,8 @@ RULES = (
         "Conda",
         ({"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"update_every": 0}, {"scale": -1.0}, {"eps": -1.0}),
         orthogonalizes=False,
+        memory=4.1,
+        costliest={"update_every": 1},
     ),
     Rule(
         "Muown",
@@ -191,8 +195,12 @@ def assert_state_is(optimizer: Optimizer, param: Tensor, wanted: dict[str, Tenso
 @over_rules
 @alone_and_in_a_hybrid
 def test_resume_through_a_file_is_exact(rule: Rule, hybrid: bool, tmp_path: Path) -> None:
+    """Also where the matrices of a stack have not taken the same number of steps."""
     bag, optimizer = pair(rule, hybrid)
     advance(bag, optimizer, range(4))
+    set_grads(bag, 4)
+    bag.w3.grad = None
+    optimizer.step(lambda: loss_of(4))
     torch.save({"model": bag.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
     loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     twin, other = pair(rule, hybrid)
@@ -408,14 +416,17 @@ def test_bfloat16_parameters(rule: Rule) -> None:
 
 @over_rules
 def test_bfloat16_state(rule: Rule) -> None:
-    """Elementwise state is bfloat16 as asked, the way is nearly the same, and steps are counted beyond 256."""
+    """Elementwise state is bfloat16 as asked, what there is one of a row or matrix is not; the way is nearly the same,
+    and steps are counted beyond 256.
+    """
     shapes = [(6, 4), (4, 6)]
     weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 5)]
     exact, _ = run(rule, weights, series)
     params, optimizer = run(rule, weights, series, state_dtype="bfloat16")
     for param, wanted, weight in zip(params, exact, weights, strict=True):
         state = optimizer.state[param]
-        assert all(value.dtype == torch.bfloat16 for value in state.values() if value.shape == param.shape)
+        for key, value in state.items():
+            assert value.dtype == (torch.bfloat16 if value.shape == param.shape else torch.float32), key
         moved = (wanted.detach() - weight).norm()
         assert float((param.detach() - wanted.detach()).norm() / moved) < 0.1
         if "step" in state:
@@ -428,7 +439,11 @@ def test_bfloat16_state(rule: Rule) -> None:
             assert float(optimizer.state[param]["step"]) == 305.0
 
 
-@over_rules
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, marks=[pytest.mark.slow] if rule.name == "SpectralSphere" else []) for rule in RULES],
+    ids=lambda rule: rule.name,
+)
 def test_bfloat16_state_for_300_steps(rule: Rule) -> None:
     shapes = [(3, 4)]
     weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 4)] * 100
@@ -621,7 +636,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "NAMOD": {"clamp": 1.0},
     "PolarGrad": {"order": "polar_first"},
     "SpectralSphere": {"radius": 2.0},
-    "SpecMuon": {"eps": 0.5},
+    "SpecMuon": {"modes": 2},
     "Conda": {"betas": [0.5, 0.9]},  # a list, as YAML has it
     "Muown": {"magnitude_betas": [0.5, 0.9]},
     "MuonHyperball": {"radius": 2.0},
@@ -690,7 +705,8 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 def temporary_memory(rule: Rule, shape: tuple[int, int], dtype: str) -> float:
     """Of the second step, in stacks of float32."""
     bag = Bag(matrices=[shape] * 4)
-    optimizer = rule.make(bag.named("w"), **({"orthogonalize_dtype": dtype} if rule.orthogonalizes else {}))
+    options = {**rule.costliest, **({"orthogonalize_dtype": dtype} if rule.orthogonalizes else {})}
+    optimizer = rule.make(bag.named("w"), **options)
     advance(bag, optimizer, [0])
     set_grads(bag, 1)
     with LiveBytes() as live:

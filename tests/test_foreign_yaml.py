@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_muon import HybridOptimizer, Muon, MuonCLI
 from lightning_muon.callbacks.create_graph import CreateGraph
@@ -98,6 +99,23 @@ def test_other_optimizer(name, tmp_path):
     assert type(children["matrix"]) is Muon
 
 
+class OnTheCPU(TorchCheckpointIO):
+    """Reads checkpoints as torch can read states of torchao: the Trainer's own way has a function for a device."""
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamWFp8"])
+def test_other_optimizer_of_torchao(name, tmp_path):
+    """Slow, because torchao compiles its step."""
+    settings = {"other_optimizer": optimizer(f"torchao.optim.{name}")}
+    cli = assert_trains_and_resumes(tmp_path, settings, plugins=("tests.test_foreign_yaml.OnTheCPU",))
+    table = cli.trainer.optimizers[0].state[cli.model.embedding.weight]
+    assert type(table["exp_avg"]) is not torch.Tensor
+
+
 LOW_RANK = {"rank": 4, "update_proj_gap": 100, "scale": 1.0, "projection_type": "std"}  # projections are drawn once
 MATRICES = {
     "SOAP": ("pytorch_optimizer.SOAP", {}),
@@ -166,6 +184,15 @@ def test_second_order_optimizers_are_refused_beside_a_gradient_scaler(tmp_path):
     config = {"other_optimizer": optimizer("pytorch_optimizer.SophiaH"), "trainer": {"plugins": [scaled]}}
     with pytest.raises(RuntimeError, match=r"SophiaH differentiates the gradients.*without '16-mixed'"):
         command(tmp_path, config)
+
+
+def test_second_order_optimizers_are_refused_in_several_processes(tmp_path, monkeypatch):
+    """Each would see the Hessian of its own batches, and their weights would part."""
+    cli = instantiated(tmp_path, {"other_optimizer": optimizer("pytorch_optimizer.SophiaH")})
+    monkeypatch.setattr(type(cli.trainer), "world_size", 2)
+    cli.model.trainer = cli.trainer
+    with pytest.raises(RuntimeError, match=r"SophiaH differentiates the gradients.*in one process"):
+        cli.model.configure_optimizers()
 
 
 SCHEDULE_FREE = ("schedulefree.AdamWScheduleFree", "pytorch_optimizer.ScheduleFreeAdamW")

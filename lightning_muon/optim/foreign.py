@@ -27,7 +27,8 @@ def construct(
     try:
         optimizer = factory(groups)
     except Exception as error:
-        if isinstance(error, ValueError) and "use_muon" in str(error):
+        told = any("use_muon" in group for group in groups)
+        if isinstance(error, ValueError) and "use_muon" in str(error) and not told:
             return construct(factory, [{**group, "use_muon": owner == "matrix"} for group in groups], owner)
         if not (isinstance(error, ValueError) and _is_ours(error)):
             error.add_note(

@@ -178,6 +178,7 @@ class Counts(Plain):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.count = state_dict["count"]
+        self.param_groups[0]["loaded"] = True
         ids = (saved_id for group in state_dict["param_groups"] for saved_id in group["params"])
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -193,6 +194,9 @@ def test_a_child_saves_and_loads_what_only_it_knows(role) -> None:
     again.load_state_dict(saved(hybrid))
     child = again.optimizers[role]
     assert child.count == 3
+    assert child.param_groups[0]["loaded"]
+    own = {id(group) for group in child.param_groups}
+    assert own <= {id(group) for group in again.param_groups}
     assert child.state is again.state
     for group in child.param_groups:
         for parameter in group["params"]:
@@ -289,6 +293,14 @@ class OneEach(Plain):
         self.inner = {parameter: AdamW([parameter]) for group in self.param_groups for parameter in group["params"]}
 
 
+class Several(Plain):
+    """Has a list of optimizers."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.inner = [AdamW(group["params"]) for group in self.param_groups]
+
+
 class Evaluates(Plain):
     """Cannot step without a closure."""
 
@@ -315,6 +327,7 @@ class ElsewhereOnly(Plain):
     [
         (Wrapper, r"'other' is Wrapper, a wrapper of AdamW.*Give AdamW itself"),
         (OneEach, r"'other' is OneEach, a wrapper of AdamW"),
+        (Several, r"'other' is Several, a wrapper of AdamW"),
         (Evaluates, r"'other' is Evaluates, whose step must evaluate the model.*goes by the gradients alone"),
         (TakesModel, r"TakesModel cannot be the optimizer of 'other'.*takes the model"),
         (partial(TakesModel), r"TakesModel cannot be the optimizer of 'other'"),
@@ -327,7 +340,15 @@ def test_refusals_name_optimizer_cause_and_mend(factory, message) -> None:
         HybridOptimizer.from_module(Net(), other=factory)
 
 
-@pytest.mark.parametrize("child", [Wrapper, OneEach, Evaluates, LBFGS])
+def test_a_muon_that_asks_again_is_not_asked_forever() -> None:
+    def asks(groups: Any) -> Optimizer:
+        raise ValueError("`use_muon` must be set.")
+
+    with pytest.raises(ValueError, match=r"use_muon"):
+        HybridOptimizer.from_module(Net(), matrix=asks)
+
+
+@pytest.mark.parametrize("child", [Wrapper, OneEach, Several, Evaluates, LBFGS])
 def test_ready_made_children_are_refused_too(child) -> None:
     bag = Bag(vectors=())
     with pytest.raises(TypeError, match=child.__name__):

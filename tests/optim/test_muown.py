@@ -40,14 +40,15 @@ def test_directions_do_not_learn_about_lengths(shape: tuple[int, int]) -> None:
 
 
 @over_shapes
-def test_closed_form_of_the_first_step(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("lr", [0.05, 1.0])
+def test_closed_form_of_the_first_step(shape: tuple[int, int], lr: float) -> None:
     """Adam's first step is as long as the learning rate; the directions take Muon's of the tangential gradient."""
     (weight,), (grad,) = normal(*shape, seed=1), normal(*shape)
-    run = walk(Muown, weight, [grad], lr=0.05, weight_decay=0.4, eps=1e-30)
+    run = walk(Muown, weight, [grad], lr=lr, weight_decay=0.4, eps=1e-30)
     radial = (grad * units(weight)).sum(dim=1, keepdim=True)
-    magnitude = (1 - 0.05 * 0.4) * weight.norm(dim=1, keepdim=True) - 0.05 * radial.sign()
+    magnitude = (1 - lr * 0.4) * weight.norm(dim=1, keepdim=True) - lr * radial.sign()
     scale = shape_scale("match_rms_adamw", *shape)
-    direction = weight - 0.05 * scale * orthogonalize(grad - radial * units(weight))
+    direction = weight - lr * scale * orthogonalize(grad - radial * units(weight))
     assert relative(run.weights[1], magnitude * units(direction)) < 1e-10
 
 

@@ -43,6 +43,7 @@ class Rule:
         memory: temporary memory of a step, in stacks and a bit for what there is one of a row or column. Above 3
             where factors are kept beside the matrix, or new weights beside the old.
         costliest: options with which every step is as costly as the costliest.
+        asynchronous: options with which a step does not wait for the device; None if it always does.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Rule:
     orthogonalizes: bool = True
     memory: float = 3.15
     costliest: dict[str, Any] = field(default_factory=dict)
+    asynchronous: dict[str, Any] | None = field(default_factory=dict)
 
     def make(self, params: Any, **options: Any) -> MatrixOptimizer:
         chosen: dict[str, Any] = {"lr": 0.02, "weight_decay": WEIGHT_DECAY, **self.options}
@@ -89,7 +91,12 @@ RULES = (
     Rule("SinkGD", ({"sweeps": 0}, {"rms": "0.2"}), orthogonalizes=False),
     Rule("NAMO", ({"beta2": 1.0}, {"eps": -1.0}, {"momentum": 1.0}), zero_gradient=_unchanged),
     Rule("NAMOD", ({"clamp": 0.0}, {"clamp": 1.5}, {"beta2": 1.0}), zero_gradient=_unchanged),
-    Rule("PolarGrad", ({"order": "polar_last"}, {"momentum": 1.0}, {"method": "qr"}), memory=4.1),
+    Rule(
+        "PolarGrad",
+        ({"order": "polar_last"}, {"momentum": 1.0}, {"method": "qr"}),
+        memory=4.1,
+        asynchronous={"method": "jordan"},
+    ),
     Rule(
         "SpectralSphere",
         (
@@ -102,12 +109,14 @@ RULES = (
         zero_gradient=_on_the_sphere,
         decides=True,
         memory=7.1,
+        asynchronous={"lambda_search": False},
     ),
     Rule(
         "SpecMuon",
         ({"modes": 0}, {"relaxation": -0.5}, {"relaxation": 1.5}, {"eps": -1.0}),
         orthogonalizes=False,
         memory=5.1,
+        asynchronous=None,
     ),
     Rule(
         "Conda",
@@ -115,6 +124,7 @@ RULES = (
         orthogonalizes=False,
         memory=4.1,
         costliest={"update_every": 1},
+        asynchronous=None,
     ),
     Rule(
         "Muown",
@@ -667,7 +677,23 @@ def test_options_of_a_group(rule: Rule, tmp_path: Path) -> None:
     assert float((plain[1] - changed[1]).detach().abs().max()) > 1e-4
 
 
-# ---- memory
+# ---- memory and waiting
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.asynchronous is not None], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "options", [{}, {"cautious": True}, {"lr": torch.tensor(0.1)}], ids=["plain", "cautious", "lr"]
+)
+def test_a_step_does_not_wait_for_the_device(rule: Rule, options: dict[str, Any]) -> None:
+    """On the meta device, whose tensors have no values, whatever asks for one raises."""
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(6, 4), (6, 4), (4, 6)]]
+    optimizer = rule.make(params, **{**(rule.asynchronous or {}), **options})
+    for step in range(3):
+        for param in params:
+            param.grad = torch.empty_like(param)
+        if step == 2:
+            params[0].grad = None
+        optimizer.step(lambda: 1.0)
 
 
 class LiveBytes(TorchDispatchMode):

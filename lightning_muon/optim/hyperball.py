@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,13 +117,15 @@ class MuonHyperball(WeightAwareOptimizer):
         return {"momentum_buffer": torch.zeros_like(stack), "radius": _norms(stack, wide)}
 
     def next_weights(
-        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         lr: float | Tensor = group["lr"]
         radius = state["radius"]
         if group["radius"] is not None:
             radius.fill_(group["radius"])
-        step = self.orthogonalize(self.momentum(grad, state, group), group).to(weights.dtype)
+        step = self.orthogonalize(self.momentum(grad, state, group), group)
+        weights = read_weights()
+        step = step.to(weights.dtype)
         norm = _norms(step, step.dtype)
         moves = (norm != 0) & (lr != 0)  # true for NaN, which goes on
         step *= (lr * radius / torch.where(norm == 0, 1.0, norm))[:, None, None]

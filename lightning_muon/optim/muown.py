@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,9 +128,10 @@ class Muown(WeightAwareOptimizer):
         }
 
     def next_weights(
-        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         lr: float | Tensor = group["lr"]
+        weights = read_weights()
         magnitude, norm = state["magnitude"], state["direction_norm"]
         lengths = _row_lengths(weights).copysign_(magnitude)  # weights / lengths are the directions u
         changed = (lengths - magnitude).abs() > _CHANGED * magnitude.abs()
@@ -138,7 +140,10 @@ class Muown(WeightAwareOptimizer):
         gradient = grad.to(weights.dtype)
         along = (gradient * weights).sum(dim=2) / lengths
         gradient.addcmul_(weights, (along / lengths).unsqueeze(2), value=-1).mul_((magnitude / norm).unsqueeze(2))
-        turn = self.orthogonalize(self.momentum(gradient.to(grad.dtype), state, group), group).to(weights.dtype)
+        del weights
+        turn = self.orthogonalize(self.momentum(gradient.to(grad.dtype), state, group), group)
+        weights = read_weights()
+        turn = turn.to(weights.dtype)
         rate = lr * shape_scale(group["lr_scale"], *weights.shape[1:])
         directions = turn.mul_(-rate).addcmul_(weights, (norm / lengths).unsqueeze(2))
         norm.copy_(_row_lengths(directions))

@@ -100,9 +100,8 @@ class PolarGrad(MatrixOptimizer):
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         if group["order"] == "momentum_first":
-            momentum = self.momentum(grad, state, group)
-            polar = self.orthogonalize(momentum, group, overwrite=False)
-            return polar.mul_(_inner(momentum, polar))
+            polar = self.orthogonalize(self.momentum(grad, state, group), group)
+            return polar.mul_(_inner(state["momentum_buffer"], polar))
         polar = self.orthogonalize(grad, group, overwrite=False)
         nuclear = _inner(grad, polar)
         average = state["momentum_buffer"].lerp_(polar, 1 - group["momentum"])
@@ -110,9 +109,9 @@ class PolarGrad(MatrixOptimizer):
 
 
 def _inner(matrices: Tensor, polar: Tensor) -> Tensor:
-    """Inner products (B, 1, 1) of two stacks, the first of which is overwritten.
+    """Inner products (B, 1, 1) of two stacks.
 
     Entries of a polar factor are at most about 1, so that the products are as safe from overflow as the matrices.
     """
     wide = torch.promote_types(matrices.dtype, torch.float32)
-    return matrices.mul_(polar).sum(dim=(1, 2), keepdim=True, dtype=wide)
+    return (matrices.to(wide) * polar).sum(dim=(1, 2), keepdim=True, dtype=wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,17 +143,21 @@ class SpectralSphere(WeightAwareOptimizer):
         }
 
     def next_weights(
-        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
+        weights = read_weights()
         lr, radius = group["lr"], group["radius"] * math.sqrt(weights.shape[1] / weights.shape[2])
         left, right, sigma = _power_iteration(weights, state["right"].to(weights.dtype), group["power_iterations"])
-        unit = normalized(self.momentum(grad, state, group), 1.0, weights.dtype, overwrite=True)
+        dtype = weights.dtype
+        del weights
+        unit = normalized(self.momentum(grad, state, group), 1.0, dtype, overwrite=True)
         if group["lambda_search"]:
             tangent = self._tangent(unit, left, right, state["multiplier"], group)
         else:
             state["multiplier"].zero_()
             tangent = self.orthogonalize(unit, group)
         step = tangent.mul_(lr * radius)
+        weights = read_weights()
         if group["weight_decay"] != 0 and group["cautious"]:  # the retraction undoes any other decay
             weights = self.decayed(weights, step, lr * group["weight_decay"], group)
             left, right, sigma = _power_iteration(weights, right, group["power_iterations"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ class WeightAwareOptimizer(MatrixOptimizer):
     """
 
     def next_weights(
-        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The rule: (base, step), each (B, m, n), from which the new weights are base - step.
 
         Args:
-            weights: (B, m, n), float32 or float64; a copy that may be overwritten.
+            read_weights: returns the weights (B, m, n), float32 or float64; each time a copy that may be overwritten.
+                A rule that lets go of one before it orthogonalizes, and reads again, saves a stack of memory.
             grad: gradients (B, m, n) in the state's dtype; a copy that may be overwritten.
             state: what :meth:`init_state` returned, to be updated in place.
             group: the options of the param group.
@@ -62,11 +64,13 @@ class WeightAwareOptimizer(MatrixOptimizer):
         group: dict[str, Any],
         updates: dict[Tensor, dict[int, Tensor]],
     ) -> None:
-        dtype = torch.promote_types(members[0].parameter.dtype, torch.float32)
-        weights = stack.gather(members, [member.parameter for member in members], dtype)
-        base, step = self.next_weights(weights, stack.gather_grads(members), state, group)
+        def read_weights() -> Tensor:
+            dtype = torch.promote_types(members[0].parameter.dtype, torch.float32)
+            return stack.gather(members, [member.parameter for member in members], dtype)
+
+        base, step = self.next_weights(read_weights, stack.gather_grads(members), state, group)
         targets = [member.target(member.parameter) for member in members]
-        for target, new in zip(targets, split_like(base - step, members, targets), strict=True):
+        for target, new in zip(targets, split_like(base.sub_(step), members, targets), strict=True):
             target.copy_(new)
         if self._observers:
             lr = torch.as_tensor(group["lr"], dtype=step.dtype, device=step.device)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer, RMSprop, SparseAdam, lr_scheduler
 
-from lightning_muon.optim import HybridOptimizer, Muon
+from lightning_muon.optim import Conda, HybridOptimizer, Muon
 from lightning_muon.partition import ParameterRule
 from tests.optim.nets import (
     Net,
@@ -94,6 +94,19 @@ def test_betas_stay_out_of_the_defaults() -> None:
     optimizer = build(Net())
     assert "betas" not in optimizer.defaults
     assert "momentum" in optimizer.defaults
+
+
+@pytest.mark.parametrize("matrix", [partial(AdamW, lr=0.01), partial(Conda, lr=0.01)], ids=["AdamW", "Conda"])
+def test_momentum_cycles_where_all_children_have_betas(matrix: Callable[[Any], Optimizer]) -> None:
+    """An AdamW baseline with a rate of its own for the matrices goes through OneCycleLR like any other hybrid."""
+    optimizer = build(Net(), matrix=matrix)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, base_momentum=0.8, max_momentum=0.9)
+    for _ in range(2):  # the momentum is lowest in step 2
+        optimizer.step()
+        scheduler.step()
+    optimizer.step()
+    assert {round(group["betas"][0], 3) for group in optimizer.param_groups} == {0.8}
+    assert {group["betas"][1] for group in optimizer.param_groups} <= {0.999, 0.99}
 
 
 CHILDREN: dict[str, Callable[[Any], Optimizer]] = {

@@ -198,3 +198,37 @@ def test_the_multiplier_comes_back_with_a_checkpoint() -> None:
     assert torch.equal(run.weights[-1], other.weights[-1])
     assert torch.equal(run.states[-1]["multiplier"], other.states[-1]["multiplier"])
     assert float(run.states[-1]["multiplier"]) != 0.0
+
+
+def test_the_search_may_be_switched_off() -> None:
+    """From then on the multiplier is 0, as the state says."""
+    run = walk(SpectralSphere, on_the_sphere((6, 4)), normal(6, 4, 2), lr=0.05)
+    assert float(run.states[-1]["multiplier"]) != 0.0
+    run.optimizer.param_groups[0]["lambda_search"] = False
+    run.step(normal(6, 4, seed=5)[0])
+    assert float(run.states[-1]["multiplier"]) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(32, 12), (12, 32), (16, 16)], ids=SHAPES)
+def test_the_search_is_short(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes in faster than by halving, which takes twelve steps or more to the default tolerance."""
+    plain, counts = SpectralSphere.orthogonalize, [0]
+
+    def counted(self: SpectralSphere, *args: Any, **kwargs: Any) -> Tensor:
+        counts[-1] += 1
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(SpectralSphere, "orthogonalize", counted)
+    run = walk(SpectralSphere, on_the_sphere(shape).float(), lr=0.02)
+    for grad in normal(*shape, 10):
+        run.step(grad)
+        counts.append(0)
+    assert sum(counts) / 10 <= 6, counts
+
+
+def test_a_zero_gradient_after_a_search_is_no_step() -> None:
+    """Without momentum nothing is left to orthogonalize but the multiple of Theta, which must not be."""
+    run = walk(SpectralSphere, on_the_sphere((6, 4)), normal(6, 4, 2), lr=0.05, momentum=0.0, nesterov=False)
+    run.step(torch.zeros(6, 4))
+    assert float(run.updates[-1].abs().max()) == 0.0
+    assert float(run.states[-1]["multiplier"]) == 0.0

@@ -31,8 +31,9 @@ class Conda(MatrixOptimizer):
 
     Singular vectors are known up to sign only, which changes nothing: a sign cancels in the square, and in the way
     there and back. Where singular values coincide, above all in the null space of a momentum of low rank, the basis is
-    any orthonormal one, the step depends on which, and two machines may differ. A momentum that is zero, NaN or
-    infinite when its turn comes keeps its basis, at first the identity.
+    any orthonormal one, the step depends on which, and two machines may differ. A momentum that is NaN or infinite
+    when its turn comes keeps its basis, at first the identity; a matrix whose gradients were all zero so far, as behind
+    a layer that starts at zero, gets its basis with the first that is not.
 
     Source: Wang et al., arXiv 2509.24218. As in the authors' code the small side is rotated (the paper writes U
     throughout); unlike it, weights decay before the step and not after, as everywhere here, which differs by
@@ -117,8 +118,9 @@ class Conda(MatrixOptimizer):
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         beta1, beta2 = group["betas"]
         exp_avg, exp_avg_sq, basis, step = (state[key] for key in ("exp_avg", "exp_avg_sq", "basis", "step"))
+        untouched = exp_avg_sq.amax(dim=(1, 2)) == 0  # by any gradient but zero, as behind layers that start at zero
         exp_avg.lerp_(grad, 1 - beta1)
-        _renew(basis, exp_avg, step % group["update_every"] == 0)
+        _renew(basis, exp_avg, untouched | (step % group["update_every"] == 0))
         step += 1
         gradient = _rotated(grad, basis)
         exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -103,12 +103,15 @@ def test_size_of_the_gradients_does_not_matter(shape: tuple[int, int]) -> None:
 
 
 def test_a_first_gradient_of_zeros() -> None:
-    """There is nothing to take a basis from; any will do."""
+    """As behind a layer that starts at zero: the basis comes with the first gradient that is not."""
     (weight,) = normal(6, 4, seed=1)
-    run = walk(Conda, weight, [torch.zeros(6, 4), *normal(6, 4, 3)], weight_decay=0.0)
-    assert torch.equal(run.weights[1], weight)
+    run = walk(Conda, weight, [torch.zeros(6, 4), torch.zeros(6, 4), *normal(6, 4, 2)], weight_decay=0.0)
+    assert torch.equal(run.weights[2], weight)
     assert torch.isfinite(run.weights[-1]).all()
-    assert relative(run.weights[-1], weight) > 0
+    moment = rotated(run.states[2]["exp_avg"], run.states[2]["basis"].squeeze(0))
+    gram = moment.T @ moment
+    assert float((gram - gram.diagonal().diag()).abs().max()) < 1e-12
+    assert torch.equal(run.states[3]["basis"], run.states[2]["basis"])
 
 
 def peers(weight: Tensor, grads: list[Tensor], **options: float) -> list[Tensor]:

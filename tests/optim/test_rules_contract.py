@@ -41,7 +41,7 @@ class Rule:
         decides: whether it decides about the weights themselves, so that they are not "decay, then subtract".
         orthogonalizes: whether it takes ``orthogonalize_dtype``.
         memory: temporary memory of a step, in stacks and a bit for what there is one of a row or column. Above 3
-            where factors are kept beside the matrix, or new weights beside the old.
+            where factors are kept beside the matrix.
         costliest: options with which every step is as costly as the costliest.
         asynchronous: options with which a step does not wait for the device; None if it always does.
     """
@@ -52,7 +52,7 @@ class Rule:
     zero_gradient: Callable[[Tensor, float], Tensor] = lambda weight, lr: weight * (1 - lr * WEIGHT_DECAY)
     decides: bool = False
     orthogonalizes: bool = True
-    memory: float = 3.15
+    memory: float = 3.2
     costliest: dict[str, Any] = field(default_factory=dict)
     asynchronous: dict[str, Any] | None = field(default_factory=dict)
 
@@ -94,7 +94,6 @@ RULES = (
     Rule(
         "PolarGrad",
         ({"order": "polar_last"}, {"momentum": 1.0}, {"method": "qr"}),
-        memory=4.1,
         asynchronous={"method": "jordan"},
     ),
     Rule(
@@ -108,7 +107,7 @@ RULES = (
         ),
         zero_gradient=_on_the_sphere,
         decides=True,
-        memory=7.1,
+        memory=6.1,
         asynchronous={"lambda_search": False},
     ),
     Rule(
@@ -130,9 +129,8 @@ RULES = (
         "Muown",
         ({"magnitude_betas": (1.0, 0.9)}, {"magnitude_betas": 0.9}, {"eps": -1.0}, {"momentum": 1.0}),
         decides=True,
-        memory=4.1,
     ),
-    Rule("MuonHyperball", ({"radius": -1.0}, {"radius": 0.0}), zero_gradient=_unchanged, decides=True, memory=4.1),
+    Rule("MuonHyperball", ({"radius": -1.0}, {"radius": 0.0}), zero_gradient=_unchanged, decides=True),
     Rule("Dion2", ({"fraction": 0.0}, {"fraction": 1.5}, {"momentum": 1.0}), options={"fraction": 0.5}),
 )
 

@@ -102,23 +102,28 @@ def package_options(name: str, case: Case, dtype: torch.dtype, cautious: bool, *
 
 
 def run_package(
-    name: str, number: int, cautious: bool, dtype: torch.dtype, grads: Sequence[Mapping[str, Tensor | None]] = ()
+    name: str,
+    number: int,
+    cautious: bool,
+    dtype: torch.dtype,
+    grads: Sequence[Mapping[str, Tensor | None]] = (),
+    device: str = "cpu",
 ) -> Run:
     """The package's optimizer on the whole bag, with the case's own gradients if none are given."""
     case = REFERENCES[name].cases[number]
     start = weights(case)
-    params = {key: nn.Parameter(value.to(dtype)) for key, value in start.items()}
+    params = {key: nn.Parameter(value.to(device, dtype)) for key, value in start.items()}
     group = {"params": list(params.items()), "layouts": [package_layout(SHAPES[key][1]) for key in params]}
     optimizer = rule_class(name)([group], lr=case.lrs[0], **package_options(name, case, dtype, cautious))
     for lr, loss, step_grads in zip(case.lrs, LOSSES, grads or gradients(case), strict=False):
         optimizer.param_groups[0]["lr"] = lr
         for key, param in params.items():
             grad = step_grads[key]
-            param.grad = None if grad is None else grad.to(dtype)
+            param.grad = None if grad is None else grad.to(device, dtype)
         optimizer.step(lambda loss=loss: loss)
     return Run(
         start,
-        {key: param.detach().double() for key, param in params.items()},
+        {key: param.detach().cpu().double() for key, param in params.items()},
         {key: dict(optimizer.state[param]) for key, param in params.items()},
     )
 

@@ -12,6 +12,8 @@ from lightning_muon.linalg import orthogonalize
 from lightning_muon.optim import Muon
 from lightning_muon.partition import MatrixLayout
 from tests.optim import reference
+from tests.optim.references import REFERENCES
+from tests.optim.rule_cases import all_cases, run_package, run_reference
 from tests.optim.subjects import HYBRID, MUON, Subject, advance, close, over_ours, reload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -33,6 +35,16 @@ def test_same_steps_as_on_the_cpu(subject: Subject, lr: Any, options: dict[str, 
         other.step()
     for one, wanted in zip(twin.parameters(), bag.parameters(), strict=True):
         close(one.detach().cpu(), wanted.detach(), 1e-4)
+
+
+@pytest.mark.parametrize(("rule", "number", "cautious"), all_cases())
+def test_every_rule_follows_its_reference(rule: str, number: int, cautious: bool) -> None:
+    expected = run_reference(rule, number, cautious)
+    ours = run_package(rule, number, cautious, torch.float64, device="cuda")
+    tolerance = max(1e-8, REFERENCES[rule].cases[number].float64)
+    for name, wanted in expected.end.items():
+        moved = (wanted - expected.start[name]).norm()
+        assert (ours.end[name] - wanted).norm() <= tolerance * moved, name
 
 
 @pytest.mark.parametrize("method", reference.METHODS)

@@ -227,18 +227,19 @@ def _check_strategy(trainer: Trainer) -> None:
 def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer) -> None:
     """What optimizers of other packages need around the step; nothing for most."""
     needed: list[type[CreateGraph] | type[OptimizerModes]] = []
-    for child in optimizer.optimizers.values():
-        if has_modes(child):
-            needed.append(OptimizerModes)
-        if differentiates_gradients(child):
-            if trainer.world_size > 1 or getattr(trainer.precision_plugin, "scaler", None) is not None:
-                raise RuntimeError(
-                    f"{type(child).__name__} differentiates the gradients, and those that several processes average or "
-                    "a gradient scaler scales have the wrong derivatives. Train in one process without '16-mixed'."
-                )
-            needed.append(CreateGraph)
+    children = optimizer.optimizers.values()
+    if any(map(has_modes, children)):
+        needed.append(OptimizerModes)
+    second_order = [type(child).__name__ for child in children if differentiates_gradients(child)]
+    if second_order:
+        if trainer.world_size > 1 or getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise RuntimeError(
+                f"{second_order[0]} differentiates the gradients, and those that several processes average or a "
+                "gradient scaler scales have the wrong derivatives. Train in one process without '16-mixed'."
+            )
+        needed.append(CreateGraph)
     present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    trainer.callbacks.extend(kind() for kind in dict.fromkeys(needed) if kind not in present)  # type: ignore[attr-defined]
+    trainer.callbacks.extend(kind() for kind in needed if kind not in present)  # type: ignore[attr-defined]
 
 
 def _warn_if_clipped_by_value(trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning_muon import HybridOptimizer, Muon, MuonCLI
 from lightning_muon.callbacks.create_graph import CreateGraph
 from lightning_muon.callbacks.optimizer_modes import OptimizerModes
-from tests.lightning_helpers import QUIET, Bare, assert_same, weights
+from tests.lightning_helpers import QUIET, Bare, Items, Net, assert_same, weights
 
 BATCHES = 3  # an epoch
 DEFAULTS = {"model": "examples.plain.Classifier", "data": "examples.plain.RandomTokens"}
@@ -176,6 +177,23 @@ def test_second_order_optimizers_get_gradients_with_a_graph(name, tmp_path):
     resumed = command(tmp_path, config, f"--ckpt_path={tmp_path / 'epoch=0.ckpt'}")
     if name == "SophiaH":
         assert_same(weights(resumed.model), weights(module))
+
+
+def test_a_trainer_that_goes_on_with_another_module_keeps_no_graphs() -> None:
+    """Callbacks stay with the Trainer; a second fit must not pay for what the first one needed."""
+    optimizers = pytest.importorskip("pytorch_optimizer")
+    trainer = pl.Trainer(**QUIET, max_epochs=1)
+    trainer.fit(Net(other_optimizer=partial(optimizers.SophiaH, lr=1e-3)), Items(batches=1))
+    kept = []
+
+    class Plain(Net):
+        def on_before_optimizer_step(self, optimizer):
+            kept.extend(parameter.grad.grad_fn for parameter in self.parameters())
+
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Plain(), Items(batches=1))
+    assert kept
+    assert kept == [None] * len(kept)
 
 
 def test_second_order_optimizers_are_refused_beside_a_gradient_scaler(tmp_path):

@@ -23,6 +23,9 @@ class CreateGraph(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A Trainer keeps its callbacks for later fits, of other modules too.
+        if not any(getattr(optimizer, "differentiates_gradients", True) for optimizer in trainer.optimizers):
+            return
         # torch fears a cycle of weights and gradients, which Trainers break by setting gradients to None.
         warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
         owner = next(cls for cls in type(pl_module).__mro__ if "backward" in vars(cls))

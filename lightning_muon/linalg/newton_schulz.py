@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -81,6 +82,20 @@ def gram_newton_schulz(x: Tensor, polynomials: Polynomials) -> Tensor:
         x, spare = spare, x
         start = stop
     return x
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32 meanwhile, also where ``torch.set_float32_matmul_precision`` allows less."""
+    backends = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
 
 
 def _multiplies_exactly(x: Tensor) -> bool:

@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_muon.linalg.newton_schulz import newton_schulz
+from lightning_muon.linalg.newton_schulz import exact_products, newton_schulz
 
 _QR_ABOVE = 100.0  # condition number up to which a Cholesky factorization loses nothing that matters
 _CLOSING = (0.0, 2.5, -1.5)  # 0 and 1 are its fixed points, with slope 0: what is nearly 0 vanishes
 
 
+@exact_products()
 def qdwh(x: Tensor, steps: int | None = None) -> Tensor:
     r"""The polar factor of a stack of matrices with singular values in [0, 1].
 
@@ -33,6 +34,9 @@ def qdwh(x: Tensor, steps: int | None = None) -> Tensor:
     :math:`\tfrac52 \sigma^3 - \tfrac32 \sigma^5`.
 
     Source: Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31 (2010); bound and last polynomial are ours.
+
+    Products are computed in float32 even where ``torch.set_float32_matmul_precision`` allows less: their errors are
+    not contracted later as those of Newton-Schulz iterations are.
 
     Memory beside ``x``, at most: as much again and two matrices of the shorter side. On CUDA the QR factorizations of
     a batch run one after the other.

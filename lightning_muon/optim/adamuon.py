@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.linalg.scale import normalized
-from lightning_muon.optim.arguments import check_choice, check_fraction, check_positive
+from lightning_muon.optim.arguments import check_choice, check_fraction, check_positive, dtype_for_squares
 from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
 
 
@@ -105,10 +105,9 @@ class AdaMuon(MatrixOptimizer):
         check_positive(group, "eps")
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        dtype = torch.float32 if stack.dtype == torch.float16 else stack.dtype
         return {
             "momentum_buffer": torch.zeros_like(stack),
-            "second_moment": torch.zeros_like(stack, dtype=dtype),
+            "second_moment": torch.zeros_like(stack, dtype=dtype_for_squares(stack.dtype)),
         }
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:

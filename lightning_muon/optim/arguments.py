@@ -102,6 +102,11 @@ def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
     return name
 
 
+def dtype_for_squares(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of squares of what is kept in ``dtype``: the same, but float32 for float16, in which they vanish."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def bias_correction(step: Tensor, beta: float) -> Tensor:
     """1 - beta^t, what a moving average from zero is to be divided by; (B,) steps t -> (B, 1, 1)."""
     correction = torch.ones_like(step) if beta == 0.0 else -torch.expm1(step * math.log(beta))

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_muon.optim.arguments import bias_correction, check_betas, check_integer, check_positive
+from lightning_muon.linalg.scale import largest_magnitude
+from lightning_muon.optim.arguments import (
+    bias_correction,
+    check_betas,
+    check_integer,
+    check_positive,
+    dtype_for_squares,
+)
 from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
 
 
@@ -32,8 +39,8 @@ class Conda(MatrixOptimizer):
     Singular vectors are known up to sign only, which changes nothing: a sign cancels in the square, and in the way
     there and back. Where singular values coincide, above all in the null space of a momentum of low rank, the basis is
     any orthonormal one, the step depends on which, and two machines may differ. A momentum that is NaN or infinite
-    when its turn comes keeps its basis, at first the identity; a matrix whose gradients were all zero so far, as behind
-    a layer that starts at zero, gets its basis with the first that is not.
+    when its turn comes keeps its basis, at first the identity, and the next step tries again; a matrix whose gradients
+    were all zero so far, as behind a layer that starts at zero, gets its basis with the first that is not.
 
     Source: Wang et al., arXiv 2509.24218. As in the authors' code the small side is rotated (the paper writes U
     throughout); unlike it, weights decay before the step and not after, as everywhere here, which differs by
@@ -47,15 +54,15 @@ class Conda(MatrixOptimizer):
         betas: :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
         eps: :math:`\epsilon`, above 0.
         scale: :math:`\kappa`, the root mean square of the entries of the first step.
-        update_every: :math:`T`, after how many of its own steps a matrix gets a new basis; the first one included.
+        update_every: :math:`T`, after how many of its own steps a matrix gets a new basis, counted from its first.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        state_dtype: dtype of both moments; None for each parameter's own. The basis is float32 at least: a rounded one
-            is not orthonormal.
+        state_dtype: dtype of both moments; None for each parameter's own. The second is float32 where that is float16,
+            in which squares vanish. The basis is float32 at least: a rounded one is not orthonormal.
         nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
 
     State: ``exp_avg`` (not rotated) and ``exp_avg_sq`` (rotated), one element per weight each, ``basis``,
-    min(m, n)^2 elements a matrix, and ``step``: AdamW's memory and up to half as much again, two to three times
-    Muon's.
+    min(m, n)^2 elements a matrix; ``age``, steps since the basis was taken, 0 where the next step is to take one, and
+    ``step``, a number a matrix each: AdamW's memory and up to half as much again, two to three times Muon's.
 
     Cost: three products with the basis a step, a fifth (square matrices) to a third of Muon's; every ``update_every``
     steps a singular value decomposition, which takes one CPU core 0.3 seconds for 1024 x 1024 and eight times that for
@@ -110,18 +117,18 @@ class Conda(MatrixOptimizer):
         side = min(stack.shape[1:])
         return {
             "exp_avg": torch.zeros_like(stack),
-            "exp_avg_sq": torch.zeros_like(stack),
+            "exp_avg_sq": torch.zeros_like(stack, dtype=dtype_for_squares(stack.dtype)),
             "basis": torch.eye(side, dtype=wide, device=stack.device).repeat(stack.shape[0], 1, 1),
+            "age": stack.new_zeros(stack.shape[0], dtype=wide),
             "step": stack.new_zeros(stack.shape[0], dtype=wide),
         }
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         beta1, beta2 = group["betas"]
-        exp_avg, exp_avg_sq, basis, step = (state[key] for key in ("exp_avg", "exp_avg_sq", "basis", "step"))
-        untouched = exp_avg_sq.amax(dim=(1, 2)) == 0  # by any gradient but zero, as behind layers that start at zero
+        exp_avg, exp_avg_sq, basis = state["exp_avg"], state["exp_avg_sq"], state["basis"]
         exp_avg.lerp_(grad, 1 - beta1)
-        _renew(basis, exp_avg, untouched | (step % group["update_every"] == 0))
-        step += 1
+        _renew(basis, state["age"], exp_avg, group["update_every"])
+        step = state["step"].add_(1)
         gradient = _rotated(grad, basis)
         exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         quotient = _rotated(exp_avg, basis)
@@ -131,24 +138,28 @@ class Conda(MatrixOptimizer):
         return direction.to(grad.dtype)
 
 
-def _renew(basis: Tensor, momentum: Tensor, due: Tensor) -> None:
-    """Set the bases that are due to the singular vectors of the momentum, on its short side.
+def _renew(basis: Tensor, age: Tensor, momentum: Tensor, every: int) -> None:
+    """Set bases of age 0 to the singular vectors of the momentum, on its short side; all others grow older.
 
     Args:
-        basis: (B, k, k), overwritten where due.
+        basis: (B, k, k), overwritten where the age is 0 and the momentum neither zero nor NaN or infinite.
+        age: (B,) steps since the basis was taken, modulo ``every``; stays 0 where it could not be taken.
         momentum: (B, m, n).
-        due: (B,) bool.
+        every: after how many steps the next is due.
     """
-    index = due.nonzero().squeeze(1)
+    due = (age == 0).nonzero().squeeze(1)
+    age.add_(1).remainder_(every)
+    if not len(due):
+        return
+    chosen = momentum[due].to(basis.dtype)
+    largest = largest_magnitude(chosen.flatten(1), 1).squeeze(1)  # NaN if any entry is
+    usable = (largest > 0) & largest.isfinite()
+    age[due[~usable]] = 0
+    index = due[usable]
     if not len(index):
         return
-    largest = momentum[index].abs().amax(dim=(1, 2))  # NaN if any entry is
-    index = index[(largest > 0) & largest.isfinite()]
-    if not len(index):
-        return
-    chosen = momentum[index].to(basis.dtype)
     # Singular vectors do not depend on the scale, but the decomposition loses them where squares vanish or overflow.
-    chosen /= chosen.abs().amax(dim=(1, 2), keepdim=True)
+    chosen = chosen[usable].div_(largest[usable][:, None, None])
     u, _, vh = torch.linalg.svd(chosen, full_matrices=False)
     basis[index] = u if _wide(momentum) else vh.mT
 

@@ -169,6 +169,11 @@ class HybridOptimizer(Optimizer):
                 child.step()
         return loss
 
+    @property
+    def differentiates_gradients(self) -> bool:
+        """Whether a child needs gradients of ``backward(create_graph=True)``, as SophiaH does."""
+        return any(map(foreign.differentiates_gradients, self.optimizers.values()))
+
     def train(self) -> None:
         """Switch schedule-free children to the weights to train on; others have no such mode. A Trainer does it."""
         for child in self._modal:
@@ -311,6 +316,7 @@ def _check_children(optimizers: Mapping[str, Optimizer]) -> None:
 
 
 def _turn(child: Optimizer) -> tuple[bool, bool]:
+    """Sorts the children into the order in which they step."""
     return not foreign.differentiates_gradients(child), not isinstance(child, MatrixOptimizer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import check_positive
 from lightning_muon.optim.matrix import NonFinite
-from lightning_muon.optim.weight_aware import WeightAwareOptimizer
+from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 from lightning_muon.partition import MatrixLayout
 
 
@@ -113,27 +112,30 @@ class MuonHyperball(WeightAwareOptimizer):
                 )
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        wide = torch.promote_types(stack.dtype, torch.float32)
-        return {"momentum_buffer": torch.zeros_like(stack), "radius": _norms(stack, wide)}
+        # Measured at the first step: the weights here are rounded to the dtype of the state.
+        radius = stack.new_zeros(stack.shape[0], dtype=torch.promote_types(stack.dtype, torch.float32))
+        return {"momentum_buffer": torch.zeros_like(stack), "radius": radius}
 
     def next_weights(
-        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: WeightReader, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         lr: float | Tensor = group["lr"]
+        step = self.orthogonalize(self.momentum(grad, state, group), group)
+        weights = read_weights()
         radius = state["radius"]
         if group["radius"] is not None:
             radius.fill_(group["radius"])
-        step = self.orthogonalize(self.momentum(grad, state, group), group)
-        weights = read_weights()
+        else:
+            radius.copy_(torch.where(radius == 0, _norms(weights), radius))
         step = step.to(weights.dtype)
-        norm = _norms(step, step.dtype)
+        norm = _norms(step)
         moves = (norm != 0) & (lr != 0)  # true for NaN, which goes on
         step *= (lr * radius / torch.where(norm == 0, 1.0, norm))[:, None, None]
         if group["weight_decay"] != 0:
             amount = lr * group["weight_decay"] * moves.to(weights.dtype)
-            weights = self.decayed(weights, step, amount[:, None, None], group)
+            weights = self.decay_(weights, step, amount[:, None, None], group)
         weights -= step
-        norm = _norms(weights, weights.dtype)
+        norm = _norms(weights)
         retraction = torch.where(moves & (norm != 0), radius / norm, 1.0)[:, None, None]
         step *= retraction
         return weights.mul_(retraction).add_(step), step
@@ -146,7 +148,7 @@ def _has_zero_matrix(parameter: Tensor, layout: MatrixLayout) -> bool:
     return any(bool((stack == 0).flatten(1).all(dim=1).any()) for stack in matrices)
 
 
-def _norms(stack: Tensor, dtype: torch.dtype) -> Tensor:
+def _norms(stack: Tensor) -> Tensor:
     """(B, m, n) -> (B,) Frobenius norms."""
-    norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1)
     return norms

@@ -250,6 +250,7 @@ class MatrixOptimizer(Optimizer):
         super().__setstate__(state)
         self._stacks, self._signatures = [], []
         self.__dict__.setdefault("_observers", OrderedDict())
+        self.__dict__.setdefault("loss", None)
 
     def _checked_layouts(
         self, group: dict[str, Any], layouts: Sequence[MatrixLayout] | None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg.balance import balance
-from lightning_muon.linalg.scale import normalized
+from lightning_muon.linalg.scale import largest_magnitude, normalized
 from lightning_muon.linalg.whitening import check_whitening, whiten
 from lightning_muon.optim.arguments import check_integer, check_positive
 from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
@@ -172,7 +172,7 @@ class SinkGD(_StatelessOptimizer):
 def _standardized_rows(grad: Tensor) -> Tensor:
     """Rows with mean 0 and root mean square 1, in the memory of ``grad``; constant rows become zero."""
     # Division by the largest entry keeps squares in range, and makes a constant row exactly constant: 1 or -1.
-    largest = grad.abs().amax(dim=-1, keepdim=True)
+    largest = largest_magnitude(grad, -1)
     grad.div_(torch.where(largest == 0, 1.0, largest))
     grad.sub_(grad.mean(dim=-1, keepdim=True))
     deviation = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).div_(math.sqrt(grad.shape[-1]))

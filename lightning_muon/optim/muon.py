@@ -43,6 +43,12 @@ class Muon(MatrixOptimizer):
 
     State: ``momentum_buffer``, one element per weight.
 
+    Cost: five iterations of three matrix products each, 20 m^2 n + 10 m^3 operations for m <= n. Beside the forward and
+    backward pass of a Linear layer, 6 m n operations a token, that is little for thousands of tokens a batch.
+
+    Prefer it to its relatives as the one that is known best; :class:`~lightning_muon.optim.NorMuon` costs next to
+    nothing more.
+
     Raises:
         ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
 

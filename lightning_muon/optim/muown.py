@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +11,10 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import bias_correction, check_betas, check_positive
 from lightning_muon.optim.matrix import LRScale, NonFinite, shape_scale
-from lightning_muon.optim.weight_aware import WeightAwareOptimizer
+from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 
 _SHORTEST = 1e-12
 """Length that a row is taken to have at least, so that rows of zeros have a direction to grow in."""
-
-_CHANGED = 2**-7
-"""Relative difference between the length of a row and its magnitude that is no rounding, not even to bfloat16."""
 
 
 class Muown(WeightAwareOptimizer):
@@ -41,9 +37,10 @@ class Muown(WeightAwareOptimizer):
     longer, which makes the later turns smaller, as under weight normalization.
 
     Of v only the length is kept; the rest is read off the weights. So weights changed from outside, by loading or
-    averaging, count as they are: a row that differs from its magnitude in length by more than rounding
-    (1 part in 128) gives it a new one of the same sign. The averages stay, as in every optimizer. In float16 a row of
-    zeros cannot leave zero, because its first steps are too small for that format; in bfloat16 and float32 it can.
+    averaging, count as they are: a row that differs from its magnitude in length by more than rounding (1 part in 128
+    in bfloat16, 1e-7 in float32) gives it a new one of the same sign. The averages stay, as in every optimizer. In
+    float16 a row of zeros cannot leave zero, because its first steps are too small for that format; in bfloat16 and
+    float32 it can.
 
     Source: Lion et al., arXiv 2605.10797, after NVIDIA's Emerging-Optimizers, where magnitudes decay after the step
     and not before: a difference of :math:`\eta^2 \lambda`.
@@ -128,13 +125,14 @@ class Muown(WeightAwareOptimizer):
         }
 
     def next_weights(
-        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: WeightReader, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         lr: float | Tensor = group["lr"]
         weights = read_weights()
         magnitude, norm = state["magnitude"], state["direction_norm"]
         lengths = _row_lengths(weights).copysign_(magnitude)  # weights / lengths are the directions u
-        changed = (lengths - magnitude).abs() > _CHANGED * magnitude.abs()
+        # Rounding to the parameter's dtype changes the length of a row by less than eps. More came from outside.
+        changed = (lengths - magnitude).abs() > torch.finfo(read_weights.dtype).eps * magnitude.abs()
         magnitude.copy_(torch.where(changed, lengths, magnitude))
 
         gradient = grad.to(weights.dtype)
@@ -149,11 +147,11 @@ class Muown(WeightAwareOptimizer):
         norm.copy_(_row_lengths(directions))
 
         stretch = lr * self._magnitude_step(along, state, group)
-        decayed = self.decayed(magnitude, stretch, lr * group["weight_decay"], group)
+        self.decay_(magnitude, stretch, lr * group["weight_decay"], group)
         # Rounded parameters have rows a little longer or shorter than their magnitudes, which the base makes up for. A
         # learning rate of 0 leaves every bit.
         moves = lr != 0
-        base = weights.mul_((1 + moves * (decayed / lengths - 1)).unsqueeze(2))
+        base = weights.mul_((1 + moves * (magnitude / lengths - 1)).unsqueeze(2))
         magnitude -= stretch
         step = directions.mul_((-magnitude / norm).unsqueeze(2)).add_(base)
         return base, step.mul_(moves)

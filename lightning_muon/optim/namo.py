@@ -13,7 +13,50 @@ from lightning_muon.optim.arguments import bias_correction, check_fraction, chec
 from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite, shape_scale
 
 
-class NAMO(MatrixOptimizer):
+class _NoiseAdaptiveMuon(MatrixOptimizer):
+    """What the two rules share: all but which entries of a matrix have a step size in common."""
+
+    _summed: ClassVar[tuple[int, ...]]
+    """Dimensions of (B, m, n) that one number of the adaptation covers."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        check_fraction(group, "beta2")
+        check_positive(group, "eps")
+
+    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        numbers = stack.new_zeros(stack.shape[0], dtype=torch.promote_types(stack.dtype, torch.float32))
+        return {
+            "momentum_buffer": torch.zeros_like(stack),
+            "second_moment": numbers,
+            "adaptation": numbers.clone(),
+            "step": numbers.clone(),
+        }
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        step, second_moment = state["step"].add_(1), _broadcast(state["second_moment"])
+        second_moment.lerp_(self._norm(grad, step.dtype).square_(), 1 - group["beta2"])
+        momentum = self.momentum(grad, state, group)
+        ratio = self._norm(momentum, step.dtype).div_(second_moment.sqrt().add_(group["eps"]))
+        correction = bias_correction(step, group["beta2"]).sqrt() / bias_correction(step, group["momentum"])
+        adaptation = _broadcast(state["adaptation"])
+        adaptation.copy_(self._bounded(ratio, group) * correction)
+        rate = group["lr"] * shape_scale(group["lr_scale"], grad.shape[1], grad.shape[2])
+        factors = self.orthogonalize(momentum, group)
+        return factors.mul_(_capped(adaptation, rate))
+
+    def decay_factor(self, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        return _capped(_broadcast(state["adaptation"]), group["lr"])
+
+    def _norm(self, matrices: Tensor, dtype: torch.dtype) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(matrices, dim=self._summed, keepdim=True, dtype=dtype)
+        return norm
+
+    def _bounded(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
+        return ratio.nan_to_num(nan=0.0)  # of inf / inf, where squares overflow
+
+
+class NAMO(_NoiseAdaptiveMuon):
     r"""NAMO: Muon whose step is as long as the momentum, measured by the root mean square of the gradients before.
 
     .. math::
@@ -62,8 +105,7 @@ class NAMO(MatrixOptimizer):
         ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
     """
 
-    _summed: ClassVar[tuple[int, ...]] = (1, 2)
-    """Dimensions of (B, m, n) that one number of the adaptation covers."""
+    _summed = (1, 2)
 
     def __init__(
         self,
@@ -97,44 +139,8 @@ class NAMO(MatrixOptimizer):
             params, options, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
         )
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        super().check_group(group)
-        check_fraction(group, "beta2")
-        check_positive(group, "eps")
 
-    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        numbers = stack.new_zeros(stack.shape[0], dtype=torch.promote_types(stack.dtype, torch.float32))
-        return {
-            "momentum_buffer": torch.zeros_like(stack),
-            "second_moment": numbers,
-            "adaptation": numbers.clone(),
-            "step": numbers.clone(),
-        }
-
-    def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        step, second_moment = state["step"].add_(1), _broadcast(state["second_moment"])
-        second_moment.lerp_(self._norm(grad, step.dtype).square_(), 1 - group["beta2"])
-        momentum = self.momentum(grad, state, group)
-        ratio = self._norm(momentum, step.dtype).div_(second_moment.sqrt().add_(group["eps"]))
-        correction = bias_correction(step, group["beta2"]).sqrt() / bias_correction(step, group["momentum"])
-        adaptation = _broadcast(state["adaptation"])
-        adaptation.copy_(self._bounded(ratio, group) * correction)
-        rate = group["lr"] * shape_scale(group["lr_scale"], grad.shape[1], grad.shape[2])
-        factors = self.orthogonalize(momentum, group)
-        return factors.mul_(_capped(adaptation, rate))
-
-    def decay_factor(self, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        return _capped(_broadcast(state["adaptation"]), group["lr"])
-
-    def _norm(self, matrices: Tensor, dtype: torch.dtype) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(matrices, dim=self._summed, keepdim=True, dtype=dtype)
-        return norm
-
-    def _bounded(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
-        return ratio.nan_to_num(nan=0.0)  # of inf / inf, where squares overflow
-
-
-class NAMOD(NAMO):
+class NAMOD(_NoiseAdaptiveMuon):
     r"""NAMO-D: NAMO with a step size for each column, that is for each input of a layer.
 
     .. math::
@@ -211,8 +217,8 @@ class NAMOD(NAMO):
             "steps": steps,
             "orthogonalize_dtype": orthogonalize_dtype,
         }
-        MatrixOptimizer.__init__(
-            self, params, options, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
+        super().__init__(
+            params, options, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
         )
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
+from lightning_muon.linalg.newton_schulz import exact_products
 from lightning_muon.linalg.scale import normalized
 from lightning_muon.optim.arguments import check_choice, check_integer, check_non_negative, check_positive
 from lightning_muon.optim.matrix import NonFinite
-from lightning_muon.optim.weight_aware import WeightAwareOptimizer
+from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 
 _FIRST_POWER_ITERATIONS = 200
 """Power iterations on the initial weights, whose singular vectors nothing is known of."""
@@ -55,8 +55,8 @@ class SpectralSphere(WeightAwareOptimizer):
     Zero weights have neither a norm to bring back nor a :math:`\Theta`: their first step is Muon's. With ``lr=0``
     weights stay as they are, also off the sphere.
 
-    State: ``momentum_buffer``, one element per weight; ``left`` u and ``right`` v, m and n numbers a matrix; and
-    ``multiplier`` :math:`\lambda`, a number a matrix.
+    State: ``momentum_buffer``, one element per weight; ``right`` v, n numbers a matrix; and ``multiplier``
+    :math:`\lambda`, a number a matrix.
 
     Cost: MuonSphere takes Muon's step, with 8 iterations in float32, and 40 products of W with a vector. The search
     orthogonalizes 3 to 6 times instead of once, more for small square matrices, and waits for the device after each.
@@ -79,7 +79,8 @@ class SpectralSphere(WeightAwareOptimizer):
         steps: number of iterations; None for the method's own.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
         orthogonalize_dtype: dtype of the matrix products; None to choose by device. Below float32 the search cannot
-            reach the default tolerance.
+            reach the default tolerance; for that reason float32 products are exact here even where
+            ``torch.set_float32_matmul_precision`` allows less.
         state_dtype: dtype of the momentum; None for each parameter's own. Vectors and multiplier are float32 at least.
         nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
 
@@ -134,16 +135,16 @@ class SpectralSphere(WeightAwareOptimizer):
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         weights = stack.to(torch.promote_types(stack.dtype, torch.float32))
-        left, right, _ = _power_iteration(weights, _first_right(weights), _FIRST_POWER_ITERATIONS)
+        _, right, _ = _power_iteration(weights, _first_right(weights), _FIRST_POWER_ITERATIONS)
         return {
             "momentum_buffer": torch.zeros_like(stack),
-            "left": left,
             "right": right,
             "multiplier": weights.new_zeros(stack.shape[0]),
         }
 
+    @exact_products()
     def next_weights(
-        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: WeightReader, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         weights = read_weights()
         lr, radius = group["lr"], group["radius"] * math.sqrt(weights.shape[1] / weights.shape[2])
@@ -159,9 +160,8 @@ class SpectralSphere(WeightAwareOptimizer):
         step = tangent.mul_(lr * radius)
         weights = read_weights()
         if group["weight_decay"] != 0 and group["cautious"]:  # the retraction undoes any other decay
-            weights = self.decayed(weights, step, lr * group["weight_decay"], group)
-            left, right, sigma = _power_iteration(weights, right, group["power_iterations"])
-        state["left"].copy_(left)
+            weights = self.decay_(weights, step, lr * group["weight_decay"], group)
+            _, right, sigma = _power_iteration(weights, right, group["power_iterations"])
         state["right"].copy_(right)
         moving = (sigma > 0) & (torch.as_tensor(lr, device=sigma.device) > 0)
         return weights.mul_(torch.where(moving, radius / sigma, 1.0)[:, None, None]), step
@@ -184,7 +184,7 @@ class SpectralSphere(WeightAwareOptimizer):
             better = slope.abs() < error[index]
             multiplier[index] = torch.where(better, tried, multiplier[index])
             error[index] = torch.where(better, slope.abs(), error[index])
-            tangent[index] = torch.where(better[:, None, None], candidate, tangent[index])
+            tangent[index[better]] = candidate[better]
         return tangent
 
     def _turned(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
-from lightning_muon.optim.arguments import bias_correction, check_non_negative, check_positive
+from lightning_muon.optim.arguments import bias_correction, check_non_negative, check_positive, dtype_for_squares
 from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
 
 
@@ -21,11 +21,10 @@ class _VarianceAdaptiveMuon(MatrixOptimizer):
         check_positive(group, "eps")
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        variance_dtype = torch.float32 if stack.dtype == torch.float16 else stack.dtype
         step_dtype = torch.promote_types(stack.dtype, torch.float32)
         return {
             "momentum_buffer": torch.zeros_like(stack),
-            "variance": torch.zeros_like(stack, dtype=variance_dtype),
+            "variance": torch.zeros_like(stack, dtype=dtype_for_squares(stack.dtype)),
             "step": stack.new_zeros(stack.shape[0], dtype=step_dtype),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,28 @@ from torch import Tensor
 
 from lightning_muon.optim.matrix import MatrixOptimizer, split_like
 from lightning_muon.optim.stacks import MatrixStack, StackMember
+
+
+@dataclass(frozen=True)
+class WeightReader:
+    """Call it for the weights of some members of a stack: a new (B, m, n) tensor, float32 or float64.
+
+    Args:
+        stack: the stack.
+        members: those whose weights to read.
+    """
+
+    stack: MatrixStack
+    members: list[StackMember]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the parameters are kept."""
+        return self.members[0].parameter.dtype
+
+    def __call__(self) -> Tensor:
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return self.stack.gather(self.members, [member.parameter for member in self.members], dtype)
 
 
 class WeightAwareOptimizer(MatrixOptimizer):
@@ -25,24 +47,24 @@ class WeightAwareOptimizer(MatrixOptimizer):
     """
 
     def next_weights(
-        self, read_weights: Callable[[], Tensor], grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self, read_weights: WeightReader, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The rule: (base, step), each (B, m, n), from which the new weights are base - step.
 
         Args:
-            read_weights: returns the weights (B, m, n), float32 or float64; each time a copy that may be overwritten.
-                A rule that lets go of one before it orthogonalizes, and reads again, saves a stack of memory.
+            read_weights: returns the weights (B, m, n); each time a copy that may be overwritten. A rule that lets go
+                of one before it orthogonalizes, and reads again, saves a stack of memory.
             grad: gradients (B, m, n) in the state's dtype; a copy that may be overwritten.
             state: what :meth:`init_state` returned, to be updated in place.
             group: the options of the param group.
         """
         raise NotImplementedError
 
-    def decayed(self, weights: Tensor, step: Tensor, amount: float | Tensor, group: dict[str, Any]) -> Tensor:
-        """Weights less ``amount`` of themselves; with ``cautious`` only entries that the step also moves to zero.
+    def decay_(self, weights: Tensor, step: Tensor, amount: float | Tensor, group: dict[str, Any]) -> Tensor:
+        """Shrink weights in place by ``amount`` of themselves, with ``cautious`` only where the step shrinks them too.
 
         Args:
-            weights: (B, m, n); overwritten.
+            weights: (B, m, n).
             step: (B, m, n), what will be subtracted.
             amount: how much, usually learning rate times weight decay; a number or a tensor that broadcasts.
             group: the options of the param group.
@@ -64,10 +86,7 @@ class WeightAwareOptimizer(MatrixOptimizer):
         group: dict[str, Any],
         updates: dict[Tensor, dict[int, Tensor]],
     ) -> None:
-        def read_weights() -> Tensor:
-            dtype = torch.promote_types(members[0].parameter.dtype, torch.float32)
-            return stack.gather(members, [member.parameter for member in members], dtype)
-
+        read_weights = WeightReader(stack, members)
         base, step = self.next_weights(read_weights, stack.gather_grads(members), state, group)
         targets = [member.target(member.parameter) for member in members]
         for target, new in zip(targets, split_like(base.sub_(step), members, targets), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from lightning_muon.optim import HybridOptimizer, Muon
+from lightning_muon.optim import Conda, HybridOptimizer, MatrixOptimizer, Muon, Muown, NorMuon, SpecMuon
 from tests.distributed import processes
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 8
+RULES: dict[str, Callable[..., MatrixOptimizer]] = {
+    "NorMuon": partial(NorMuon, lr=0.02, orthogonalize_dtype="float32"),
+    "Muown": partial(Muown, lr=0.02, orthogonalize_dtype="float32"),
+    "Conda": partial(Conda, lr=0.02, update_every=2),
+}
+MUON = partial(Muon, lr=0.02, orthogonalize_dtype="float32")
 
 
 class Net(nn.Module):
@@ -34,12 +41,8 @@ class Net(nn.Module):
         return self.head(self.body(x + self.attention(x, x, x, need_weights=False)[0]))
 
 
-def build(net: nn.Module) -> HybridOptimizer:
-    return HybridOptimizer.from_module(
-        net,
-        matrix=partial(Muon, lr=0.02, orthogonalize_dtype="float32"),
-        other=partial(AdamW, lr=0.003, eps=1e-4),
-    )
+def build(net: nn.Module, matrix: Callable[..., MatrixOptimizer] = MUON) -> HybridOptimizer:
+    return HybridOptimizer.from_module(net, matrix=matrix, other=partial(AdamW, lr=0.003, eps=1e-4))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -101,6 +104,33 @@ def resumed(rank: int, checkpoint: str) -> dict[str, Any]:
     return collect(net, optimizer)
 
 
+def other_rules(rank: int, checkpoint: str) -> dict[str, Any]:
+    results = {}
+    for name, rule in RULES.items():
+        net = Net()
+        wrapped = DistributedDataParallel(net)
+        optimizer = build(wrapped, rule)
+        train(wrapped, optimizer, range(3), slice(rank * 4, rank * 4 + 4))
+        results[name] = collect(net, optimizer)
+    return results
+
+
+def refused(rank: int, checkpoint: str) -> dict[str, Any]:
+    """A rule that needs the loss, of which each rank has another."""
+    net = Net()
+    wrapped = DistributedDataParallel(net)
+    optimizer = build(wrapped, partial(SpecMuon, lr=0.02))
+    before = collect(net, optimizer)["weights"]
+    tokens, targets = (tensor[rank * 4 : rank * 4 + 4] for tensor in batch(0))
+    loss = nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), targets.flatten())
+    loss.backward()
+    try:
+        optimizer.step(lambda: loss.detach())
+    except RuntimeError as error:
+        return {"message": str(error), "before": before, **collect(net, optimizer)}
+    return {"message": "", "before": before, **collect(net, optimizer)}
+
+
 @pytest.fixture(scope="module")
 def alone() -> tuple[Net, HybridOptimizer, dict[str, Any]]:
     """One process on the whole batches."""
@@ -112,10 +142,16 @@ def alone() -> tuple[Net, HybridOptimizer, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, alone: Any) -> dict[str, list[dict[str, Any]]]:
-    """The three runs of two processes; processes are slow to start, so all in one."""
+    """All runs of two processes; processes are slow to start, so all in one."""
     folder = tmp_path_factory.mktemp("ddp")
     torch.save({"weights": alone[0].state_dict(), "state": alone[2]["state"]}, folder / "checkpoint.pt")
-    workers = {"trained": trained, "unequal": unequal, "resumed": resumed}
+    workers = {
+        "trained": trained,
+        "unequal": unequal,
+        "resumed": resumed,
+        "other_rules": other_rules,
+        "refused": refused,
+    }
     return processes.run(workers, folder, args=(str(folder / "checkpoint.pt"),))
 
 
@@ -132,6 +168,27 @@ def test_ddp_ranks_are_equal_and_equal_to_one_process(ranks: Any, alone: Any) ->
     for name, weight in single["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=2e-4)
         assert not torch.equal(start[name], weight), name
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_other_rules_keep_ranks_equal(ranks: Any, rule: str) -> None:
+    first, second = (result[rule] for result in ranks["other_rules"])
+    start = dict(Net().named_parameters())
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+        assert not torch.equal(start[name], weight), name
+    assert len(state_tensors(first)) > len(start)
+    for one, two in zip(state_tensors(first), state_tensors(second), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_rule_that_needs_the_loss_is_refused(ranks: Any) -> None:
+    """On every rank and before anything moves: with a loss of their own the ranks would drift apart unseen."""
+    for result in ranks["refused"]:
+        assert "2 processes" in result["message"]
+        assert "Muon" in result["message"]
+        for name, weight in result["before"].items():
+            assert torch.equal(weight, result["weights"][name]), name
 
 
 def test_ddp_with_missing_gradients_does_not_hang(ranks: Any) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_muon.linalg import orthogonalize
+from tests.live_memory import LiveMemory
 from tests.optim import reference
 
 # Range of the composed polynomial over singular values of X / ||X||_F from `lowest` to 1, by dense sampling in float64.
@@ -150,6 +148,15 @@ def test_gram_of_imprecise_products_is_the_plain_iteration(generator: torch.Gene
     torch.set_float32_matmul_precision("medium")
     for steps in (5, 8):
         assert torch.linalg.svdvals(orthogonalize(x, "gram", steps, torch.float32)).max() < 1.2
+
+
+def test_qdwh_stays_exact_beside_imprecise_products() -> None:
+    """And leaves the setting as it was."""
+    x = torch.randn(48, 64)
+    torch.set_float32_matmul_precision("medium")
+    values = torch.linalg.svdvals(orthogonalize(x, "qdwh", dtype=torch.float32).double())
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("smallest", [1e-1, 1e-4])
@@ -390,26 +397,6 @@ def test_overwriting_changes_no_bit_and_nothing_else(method: str, scale: float, 
         assert torch.equal(mine[untouched], base[untouched])
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors other than ``known`` held at once."""
-
-    def __init__(self, known: Tensor) -> None:
-        super().__init__()
-        self.known = known.untyped_storage()._cdata
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (list, tuple)) else [out]:
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata != self.known:
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
-
-
 @pytest.mark.parametrize("shape", [(3, 64, 64), (3, 16, 128), (3, 128, 16), (3, 48, 96)])
 @pytest.mark.parametrize("method", [method for method in reference.METHODS if method != "svd"])
 def test_temporary_memory_is_two_stacks(method: str, shape: tuple[int, ...]) -> None:
@@ -417,9 +404,9 @@ def test_temporary_memory_is_two_stacks(method: str, shape: tuple[int, ...]) -> 
     small = 0.05
     for overwrite, stacks in ((True, 2), (False, 3)):
         x = torch.randn(shape)
-        with PeakMemory(x) as watch:
+        with LiveMemory() as live:
             orthogonalize(x, method, dtype=torch.float32, overwrite=overwrite)
-        assert 0 < watch.peak <= (stacks + small) * x.nbytes
+        assert 0 < live.peak <= (stacks + small) * x.nbytes
 
 
 @pytest.mark.parametrize("method", reference.METHODS)

@@ -114,6 +114,28 @@ def test_a_first_gradient_of_zeros() -> None:
     assert torch.equal(run.states[3]["basis"], run.states[2]["basis"])
 
 
+def test_refreshes_are_counted_from_the_first_basis() -> None:
+    """Here at step 3; a NaN in the gradient leaves the basis as it was, and the step after tries again."""
+    grads = [torch.zeros(6, 4), torch.zeros(6, 4), *normal(6, 4, 6)]
+    run = walk(Conda, normal(6, 4, seed=1)[0], grads, update_every=3)
+    bases = [state["basis"] for state in run.states]
+    assert [t for t in range(2, 9) if not torch.equal(bases[t - 1], bases[t - 2])] == [3, 6]
+    assert [int(state["age"]) for state in run.states] == [0, 0, 1, 2, 0, 1, 2, 0]
+    grads[5] = torch.full((6, 4), torch.nan)
+    spoiled = walk(Conda, normal(6, 4, seed=1)[0], grads, update_every=3)
+    assert torch.equal(spoiled.states[-1]["basis"], bases[4])
+    assert [int(state["age"]) for state in spoiled.states] == [0, 0, 1, 2, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1e-23, 1e-30])
+def test_tiny_gradients_keep_their_basis(size: float) -> None:
+    """Also where their squares vanish."""
+    run = walk(Conda, normal(6, 4, seed=1)[0].float(), [grad * size for grad in normal(6, 4, 4)])
+    assert not torch.equal(run.states[0]["basis"].squeeze(0), torch.eye(4))
+    for state in run.states[1:]:
+        assert torch.equal(state["basis"], run.states[0]["basis"])
+
+
 def peers(weight: Tensor, grads: list[Tensor], **options: float) -> list[Tensor]:
     """Weights after each step of pytorch-optimizer's Conda."""
     optimizers = pytest.importorskip("pytorch_optimizer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_muon.optim import HybridOptimizer, Muon
 from lightning_muon.partition import MatrixLayout
+from tests.live_memory import LiveMemory
 from tests.optim.subjects import (
     EPS,
     HYBRID,
@@ -161,29 +161,16 @@ def test_result_does_not_depend_on_the_chunks_of_a_stack(nesterov: bool, monkeyp
 
 def test_peak_memory_of_many_matrices_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 32: no tensor that a step makes is larger than a few times the cap."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from lightning_muon.optim import stacks
 
     monkeypatch.setattr(stacks, "MAX_STACK_ELEMENTS_CPU", 4 * 32 * 32)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (list, tuple)) else [out]:
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     params = [nn.Parameter(torch.randn(32, 32)) for _ in range(64)]
     optimizer = Muon(params)
     for param in params:
         param.grad = torch.randn(32, 32)
-    with Watch():
+    with LiveMemory() as live:
         optimizer.step()
-    assert largest <= 4 * 32 * 32
+    assert live.largest <= 4 * 32 * 32 * 4  # bytes of float32
 
 
 def test_observers_see_the_update() -> None:

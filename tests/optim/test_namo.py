@@ -19,6 +19,13 @@ over_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 over_rules = pytest.mark.parametrize("rule", [NAMO, NAMOD], ids=["NAMO", "NAMOD"])
 
 
+def test_neither_is_the_other() -> None:
+    """isinstance tells them apart."""
+    (weight,) = normal(6, 4)
+    assert not isinstance(walk(NAMOD, weight).optimizer, NAMO)
+    assert not isinstance(walk(NAMO, weight).optimizer, NAMOD)
+
+
 @over_shapes
 @over_rules
 def test_a_constant_gradient_makes_it_muon(rule: type, shape: tuple[int, int]) -> None:

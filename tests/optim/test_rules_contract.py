@@ -15,14 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_muon import HybridOptimizer, ParameterRule
 from lightning_muon.optim.matrix import MatrixOptimizer, shape_scale
 from lightning_muon.partition import MatrixLayout
+from tests.live_memory import LiveMemory
 from tests.optim.rule_cases import rule_class
 from tests.optim.subjects import VECTOR_SHAPES, Bag, assert_same_bits, set_grads, snapshot
 
@@ -44,6 +42,7 @@ class Rule:
             where factors are kept beside the matrix.
         costliest: options with which every step is as costly as the costliest.
         asynchronous: options with which a step does not wait for the device; None if it always does.
+        rounding: of the way that a run with bfloat16 state may be off.
     """
 
     name: str
@@ -55,6 +54,7 @@ class Rule:
     memory: float = 3.2
     costliest: dict[str, Any] = field(default_factory=dict)
     asynchronous: dict[str, Any] | None = field(default_factory=dict)
+    rounding: float = 0.01
 
     def make(self, params: Any, **options: Any) -> MatrixOptimizer:
         chosen: dict[str, Any] = {"lr": 0.02, "weight_decay": WEIGHT_DECAY, **self.options}
@@ -87,7 +87,8 @@ RULES = (
         ({"p": 0.0}, {"exponent": -1.0}, {"order": "both"}, {"sweeps": 0}, {"rms": -0.2}),
         orthogonalizes=False,
     ),
-    Rule("SWAN", ({"steps": 0}, {"beta": -0.5}, {"rms": -0.2}), orthogonalizes=False),
+    # Its whitening brings up small singular values more than any other method, and with them their rounding errors.
+    Rule("SWAN", ({"steps": 0}, {"beta": -0.5}, {"rms": -0.2}), orthogonalizes=False, rounding=0.03),
     Rule("SinkGD", ({"sweeps": 0}, {"rms": "0.2"}), orthogonalizes=False),
     Rule("NAMO", ({"beta2": 1.0}, {"eps": -1.0}, {"momentum": 1.0}), zero_gradient=_unchanged),
     Rule("NAMOD", ({"clamp": 0.0}, {"clamp": 1.5}, {"beta2": 1.0}), zero_gradient=_unchanged),
@@ -124,6 +125,7 @@ RULES = (
         memory=4.1,
         costliest={"update_every": 1},
         asynchronous=None,
+        rounding=0.02,  # singular vectors turn by the rounding over the distance of the singular values
     ),
     Rule(
         "Muown",
@@ -424,19 +426,16 @@ def test_bfloat16_parameters(rule: Rule) -> None:
 
 @over_rules
 def test_bfloat16_state(rule: Rule) -> None:
-    """Elementwise state is bfloat16 as asked, what there is one of a row or matrix is not; the way is nearly the same,
-    and steps are counted beyond 256.
+    """Elementwise state is bfloat16 as asked, what there is one of a row or matrix is not; steps are counted beyond
+    256.
     """
     shapes = [(6, 4), (4, 6)]
     weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 5)]
-    exact, _ = run(rule, weights, series)
     params, optimizer = run(rule, weights, series, state_dtype="bfloat16")
-    for param, wanted, weight in zip(params, exact, weights, strict=True):
+    for param in params:
         state = optimizer.state[param]
         for key, value in state.items():
             assert value.dtype == (torch.bfloat16 if value.shape == param.shape else torch.float32), key
-        moved = (wanted.detach() - weight).norm()
-        assert float((param.detach() - wanted.detach()).norm() / moved) < 0.1
         if "step" in state:
             state["step"].fill_(300.0)
     for _ in range(5):
@@ -445,6 +444,25 @@ def test_bfloat16_state(rule: Rule) -> None:
         assert torch.isfinite(param).all()
         if "step" in optimizer.state[param]:
             assert float(optimizer.state[param]["step"]) == 305.0
+
+
+@over_rules
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_state_in_half_precision_goes_the_same_way(rule: Rule, dtype: str) -> None:
+    """Of float32 weights, with small steps. Errors are relative to the way from where decay alone, and what the rule
+    does besides, would have led. No gradient of these seeds is nearly singular, which would enlarge its rounding.
+    """
+    shapes = [(6, 4), (4, 6), (8, 8)]
+    weights = random(shapes, 900)
+    series = [[0.1 * grad for grad in random(shapes, 900 + seed)] for seed in range(1, 6)]
+    zeros = [[torch.zeros(shape) for shape in shapes]] * len(series)
+    still, _ = run(rule, weights, zeros, lr=1e-3)
+    exact, _ = run(rule, weights, series, lr=1e-3)
+    params, _ = run(rule, weights, series, lr=1e-3, state_dtype=dtype)
+    tolerance = rule.rounding if dtype == "bfloat16" else rule.rounding / 4  # three more bits
+    for param, wanted, start in zip(params, exact, still, strict=True):
+        error = float((param - wanted).detach().norm() / (wanted - start).detach().norm())
+        assert error < tolerance, f"{error:.1e} of the way"
 
 
 @pytest.mark.parametrize(
@@ -468,16 +486,16 @@ def test_bfloat16_state_for_300_steps(rule: Rule) -> None:
 
 
 @over_rules
-def test_learning_rate_0_changes_nothing(rule: Rule) -> None:
-    """Rules that hold the weights on a set write them anew, from lengths and directions, to the last digits."""
+@pytest.mark.parametrize("cautious", [False, True], ids=["plain", "cautious"])
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_learning_rate_0_leaves_every_bit(rule: Rule, dtype: torch.dtype, lr: float | Tensor, cautious: bool) -> None:
     shapes = [(6, 4), (4, 6), (5, 5)]
     weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 4)]
-    params, _ = run(rule, weights, series, lr=0.0)
+    weights = [weight.to(dtype) for weight in weights]
+    params, _ = run(rule, weights, series, lr=lr, cautious=cautious)
     for param, weight in zip(params, weights, strict=True):
-        if rule.decides:
-            close(param, weight, 2e-6)
-        else:
-            assert torch.equal(param, weight)
+        assert torch.equal(param, weight)
 
 
 @over_rules
@@ -488,9 +506,6 @@ def test_learning_rate_as_a_tensor(rule: Rule) -> None:
     params, _ = run(rule, weights, series, lr=torch.tensor(0.02))
     for param, other in zip(params, wanted, strict=True):
         close(param, other)
-    params, _ = run(rule, weights, series, lr=torch.tensor(0.0))
-    for param, weight in zip(params, weights, strict=True):
-        close(param, weight, 2e-6)
 
 
 @over_plain_rules
@@ -694,38 +709,6 @@ def test_a_step_does_not_wait_for_the_device(rule: Rule, options: dict[str, Any]
         optimizer.step(lambda: 1.0)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and the most that lived at a time.
-
-    What a kernel allocates and frees within one call is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._older: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._forget()
-        for storage in _storages((args, kwargs)):
-            if storage._cdata not in self._made:
-                self._older[storage._cdata] = storage
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage._cdata not in self._older:
-                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
-        return result
-
-    def _forget(self) -> None:
-        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def temporary_memory(rule: Rule, shape: tuple[int, int], dtype: str) -> float:
     """Of the second step, in stacks of float32."""
     bag = Bag(matrices=[shape] * 4)
@@ -733,7 +716,7 @@ def temporary_memory(rule: Rule, shape: tuple[int, int], dtype: str) -> float:
     optimizer = rule.make(bag.named("w"), **options)
     advance(bag, optimizer, [0])
     set_grads(bag, 1)
-    with LiveBytes() as live:
+    with LiveMemory() as live:
         optimizer.step(lambda: loss_of(1))
     return live.peak / (4 * 4 * shape[0] * shape[1])
 

@@ -70,6 +70,32 @@ def test_energies_of_a_first_step(relaxation: float) -> None:
     torch.testing.assert_close(run.states[0]["energies"].flatten(), wanted, rtol=1e-6, atol=0)
 
 
+def test_a_falling_loss_makes_long_steps() -> None:
+    """By r' / sqrt(L): r comes down by the damping alone, one factor of 1 / (1 + lr / (2 sqrt(L))) a step."""
+    (weight,), (grad,) = normal(6, 4, seed=1), normal(6, 4)
+    run = walk(SpecMuon, weight, [grad] * 3, losses=[1.0, 1e-4, 1e-8], lr=1e-3, momentum=0.0)
+    damped = [1 / (1 + 0.5e-3)]
+    damped.append(float(first_energies(1.0, 1e-3, torch.ones(1))) / (1 + 0.5e-3 / 1e-2))
+    damped.append(damped[1] / (1 + 0.5e-3 / 1e-4))
+    for energy, loss, update in zip(damped, (1.0, 1e-4, 1e-8), run.updates, strict=False):
+        assert relative(update, polar(grad) * energy / loss**0.5) < 1e-3
+    assert float(run.updates[1].norm() / run.updates[0].norm()) == pytest.approx(95.2, rel=0.01)
+    assert float(run.updates[2].norm() / run.updates[0].norm()) == pytest.approx(1588, rel=0.01)
+
+
+@pytest.mark.parametrize("relaxation", [0.0, 0.5, 0.9])
+def test_energies_never_rise(relaxation: float) -> None:
+    """Whatever the loss does: it is no average of the loss."""
+    losses = [1.0, 0.01, 4.0, 100.0, 100.0, 1e-6, 1.0, 1e4, *[1.0] * 12]
+    run = walk(
+        SpecMuon, normal(6, 4, seed=1)[0], normal(6, 4, 20), losses=losses, lr=0.05, relaxation=relaxation, modes=3
+    )
+    energies = torch.stack([state["energies"].flatten() for state in run.states])
+    assert float(energies[0].max()) < 1.0
+    assert (energies.diff(dim=0) < 1e-7).all()
+    assert float(energies[-1].max()) < 0.8 * float(energies[0].min())
+
+
 def test_the_loss_matters() -> None:
     (weight,), grads = normal(6, 4, seed=1), normal(6, 4, 3)
     falling = walk(SpecMuon, weight, grads, losses=[3.0, 1.0, 0.1], lr=0.1)
@@ -91,6 +117,34 @@ def test_what_a_closure_may_return(loss: Any) -> None:
     run = walk(SpecMuon, weight)
     run.step(grad, loss)
     assert torch.equal(run.weights[1], wanted.weights[1])
+
+
+class Counted:
+    """A loss that counts how often it is read, which on a GPU is a synchronization each."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __float__(self) -> float:
+        self.reads += 1
+        return 2.0
+
+
+def test_the_loss_is_read_once_a_step() -> None:
+    bag, optimizer = _bag(hybrid=False)
+    loss = Counted()
+    for step in range(1, 4):
+        set_grads(bag, step)
+        assert optimizer.step(lambda: loss) is loss
+        assert loss.reads == step
+
+
+def test_groups_may_differ_in_modes() -> None:
+    first, second = (nn.Parameter(weight) for weight in normal(6, 4, 2, seed=1))
+    optimizer = SpecMuon([{"params": [first], "modes": 2}, {"params": [second], "modes": 3}])
+    first.grad, second.grad = normal(6, 4, 2)
+    optimizer.step(lambda: 2.0)
+    assert [optimizer.state[param]["energies"].numel() for param in (first, second)] == [2, 3]
 
 
 @pytest.mark.parametrize("hybrid", [False, True], ids=["alone", "hybrid"])
@@ -161,7 +215,8 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append(float(outputs["loss"]))
         (optimizer,) = trainer.optimizers
-        self.energies.append(optimizer.state[pl_module.layers.up.weight]["energies"].clone())
+        state = optimizer.state[pl_module.layers.up.weight]
+        self.energies += [state["energies"].clone()] if state else []  # none between steps that accumulate
 
 
 def test_in_a_trainer_it_gets_the_training_loss() -> None:
@@ -175,6 +230,25 @@ def test_in_a_trainer_it_gets_the_training_loss() -> None:
     wanted = first_energies(losses.seen[0], 0.3, torch.ones(8))
     torch.testing.assert_close(losses.energies[0].flatten().double(), wanted.double(), rtol=1e-4, atol=0)
     assert float((module.layers.up.weight.detach() - before).norm()) > 0.1
+
+
+class Recording(Net):
+    """Keeps the losses of its training steps."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.losses = [*getattr(self, "losses", []), float(loss.detach())]
+        return loss
+
+
+def test_with_gradient_accumulation_it_gets_a_part_of_the_last_loss() -> None:
+    """That of the last micro-batch, divided as the gradients are."""
+    torch.manual_seed(0)
+    module = Recording(matrix_optimizer=partial(SpecMuon, lr=0.3), other_optimizer=partial(AdamW, lr=1e-3))
+    losses = Losses()
+    fit(module, callbacks=[losses], accumulate_grad_batches=2, max_steps=1)
+    wanted = first_energies(module.losses[1] / 2, 0.3, torch.ones(8))
+    torch.testing.assert_close(losses.energies[-1].flatten().double(), wanted.double(), rtol=1e-4, atol=0)
 
 
 def test_in_manual_optimization_without_a_closure_it_says_so() -> None:

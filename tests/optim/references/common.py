@@ -33,6 +33,8 @@ class Case:
         options: keyword arguments of the package's class, but the learning rate and dtypes.
         float32: largest error of a float32 run, relative to the distance that the parameter moved in the 10 steps.
         float64: the same of a float64 run, where only the order of summation differs.
+        low_rank: largest error in float32 of the parameter of this name. Five Newton-Schulz steps enlarge rounding
+            errors in its null space some 500 times, from 6e-8; say at the case why one needs more than that.
         seed: of weights and gradients; chosen where a rule is discontinuous.
         without: names of parameters (rule_cases.SHAPES) that the rule cannot be compared on; say why at the case.
         lrs: learning rate of each step.
@@ -41,6 +43,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     float32: float = 1e-5
     float64: float = 1e-10
+    low_rank: float = 3e-5
     seed: int = 0
     without: tuple[str, ...] = ()
     lrs: tuple[float, ...] = LRS

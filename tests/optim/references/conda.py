@@ -11,7 +11,7 @@ from tests.optim.references.common import Case, Reference, count, zeros
 
 
 class Conda(Reference):
-    """m <- b1 m + (1 - b1) G; Q = V (U if m < n) of m = U S V^T at the steps 1, 1 + T, 1 + 2T, ...;
+    """m <- b1 m + (1 - b1) G; Q = V (U if m < n) of m = U S V^T at the first step whose m is not zero, then every T;
     v <- b2 v + (1 - b2) (G Q)^2; D = scale sqrt(1 - b2^t) / (1 - b1^t) [m Q / (sqrt(v) + eps)] Q^T.
 
     Left-handed (Q^T G and so on) where there are fewer rows than columns. v is not rotated when Q changes.
@@ -37,10 +37,13 @@ class Conda(Reference):
         left = grad.shape[0] < grad.shape[1]
         state["exp_avg"] = beta1 * zeros(state, "exp_avg", *grad.shape) + (1 - beta1) * grad
         t = count(state)
-        if (t - 1) % options["update_every"] == 0:
+        age = int(zeros(state, "age"))
+        if age == 0 and state["exp_avg"].any():
             u, _, vh = torch.linalg.svd(state["exp_avg"], full_matrices=False)
             state["basis"] = u if left else vh.T
-        q = state["basis"]
+        if age > 0 or state["exp_avg"].any():
+            state["age"] = torch.tensor(float((age + 1) % options["update_every"]))
+        q = state.setdefault("basis", torch.eye(min(grad.shape), dtype=torch.float64))
         rotated = q.T @ grad if left else grad @ q
         state["exp_avg_sq"] = beta2 * zeros(state, "exp_avg_sq", *grad.shape) + (1 - beta2) * rotated**2
         first = q.T @ state["exp_avg"] if left else state["exp_avg"] @ q

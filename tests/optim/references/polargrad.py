@@ -20,12 +20,12 @@ class PolarGrad(Reference):
         "steps": None,
     }
     cases = (
-        # All but the SVD enlarge the rounding errors of low_rank.
-        Case(float32=1e-4),
-        Case({"order": "polar_first", "momentum": 0.8}, float32=2e-4),
+        # QDWH brings singular values to 1 from wherever they are: what rounding leaves in a null space goes up too.
+        Case(low_rank=5e-5),
+        Case({"order": "polar_first", "momentum": 0.8}, low_rank=1.5e-4),
         Case({"method": "svd"}),
-        Case({"method": "jordan", "momentum": 0.9}, float32=5e-5),
-        Case({"order": "polar_first", "method": "polar_express", "steps": 8}, float32=1e-3),
+        Case({"method": "jordan", "momentum": 0.9}),
+        Case({"order": "polar_first", "method": "polar_express", "steps": 8}, low_rank=5e-4),  # more than 5 steps
     )
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], options: dict[str, Any]) -> Tensor:

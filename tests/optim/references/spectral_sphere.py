@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tests.optim.references.common import Case, Reference, decay, divide, momentum, orthogonalize, zeros
 
-# What the package finds by iterations is found to the last digits.
-_EXACT = {"tolerance": 1e-12, "power_iterations": 200, "search_steps": 60}
+# What the package finds by iterations is found to the last digits. The seeds are of weights whose leading singular
+# value stands out, so that power iterations are soon done.
+_EXACT = {"tolerance": 1e-12, "power_iterations": 80, "search_steps": 60}
 
 
 class SpectralSphere(Reference):
@@ -31,16 +32,21 @@ class SpectralSphere(Reference):
         "method": "polar_express",
         "steps": 8,
     }
-    uncompared = ("left", "right")  # signs
+    uncompared = ("right",)  # its sign
     cases = (
-        Case(_EXACT, float32=1e-3, float64=1e-7),  # 8 iterations enlarge the rounding errors of low_rank
-        # An exact msign jumps where a matrix becomes singular, and low_rank plus a little of Theta is always near that.
+        Case(_EXACT, float64=1e-9, low_rank=5e-4, seed=2088),  # 8 iterations enlarge rounding errors more than 5
+        # An exact msign jumps where a matrix becomes singular. With low_rank <Theta, Phi> jumps over 0 at the
+        # multiplier 0, so that there is no root to compare; with this seed it does so nowhere else.
         Case(
             {**_EXACT, "radius": 2.0, "nesterov": False, "momentum": 0.95, "method": "svd", "steps": None},
-            float64=1e-7,
+            float64=3e-8,
+            seed=1663,
             without=("low_rank",),
         ),
-        Case({"power_iterations": 200, "lambda_search": False, "radius": 0.5, "method": "jordan", "steps": None}),
+        Case(
+            {"power_iterations": 40, "lambda_search": False, "radius": 0.5, "method": "jordan", "steps": None},
+            seed=2088,
+        ),
     )
 
     def step_matrix(
@@ -51,7 +57,7 @@ class SpectralSphere(Reference):
         averaged = momentum(grad, state, options)
         unit = divide(averaged, averaged.norm())
         u, _, vh = torch.linalg.svd(weight, full_matrices=False)
-        state["left"], state["right"] = u[:, 0], vh[0]
+        state["right"] = vh[0]
         theta = torch.outer(u[:, 0], vh[0])
         multiplier = zeros(state, "multiplier")
         if options["lambda_search"] and unit.any():
@@ -72,7 +78,7 @@ def root(unit: Tensor, theta: Tensor, options: dict[str, Any]) -> float:
     """Where h changes sign: within twice the nuclear norm of N."""
     high = 2.0 * float(torch.linalg.svdvals(unit).sum()) + 1e-3
     low = -high
-    for _ in range(100):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if tangency(unit, theta, middle, options) < 0 else (low, middle)
     return (low + high) / 2

@@ -21,7 +21,7 @@ class MuonNSR(Reference):
         Case({"gamma": 1000.0, "eps": 0.1}),
         # The first direction is near the signs of the gradient, which for "low_rank" are nearly singular: an exact
         # polar factor is as sensitive as that. A smaller eps or larger gamma brings it nearer still.
-        Case({"eps": 0.1, "method": "svd"}, float32=5e-5),
+        Case({"eps": 0.1, "method": "svd"}, low_rank=6e-5),
         Case({"gamma": 0.0, "method": "polar_express"}),
     )
 
@@ -46,7 +46,7 @@ class MuonVS(MuonNSR):
     cases = (
         Case(),
         Case({"momentum": 0.8, "lr_scale": "original"}),
-        Case({"eps": 0.1, "method": "svd"}, float32=3e-5),
+        Case({"eps": 0.1, "method": "svd"}),
     )
 
     def root(self, looked: Tensor, variance: Tensor, options: dict[str, Any]) -> Tensor:

@@ -30,7 +30,7 @@ def construct(
         told = any("use_muon" in group for group in groups)
         if isinstance(error, ValueError) and "use_muon" in str(error) and not told:
             return construct(factory, [{**group, "use_muon": owner == "matrix"} for group in groups], owner)
-        if not (isinstance(error, ValueError) and _is_ours(error)):
+        if not _is_ours(error):
             error.add_note(
                 f"{_name(factory)} cannot be the optimizer of {owner!r}, which is made from a list of param groups and "
                 "nothing else. If it wraps another optimizer, takes the model, knows no param groups or runs on other "
@@ -155,7 +155,7 @@ def _name(factory: object) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it, as it does for bad values, with a sentence of its own."""
+    """Whether code of this package raised it, which it does with a sentence of its own."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

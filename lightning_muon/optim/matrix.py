@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -60,7 +59,7 @@ class MatrixOptimizer(Optimizer):
         params: parameters or param groups, as in ``torch.optim``. A group may hold ``"layouts"``, one
             :class:`~lightning_muon.partition.MatrixLayout` a parameter; without it all parameters must be 2-D. See
             :meth:`HybridOptimizer.from_module` for modules.
-        defaults: default values of the group options: ``lr`` and ``weight_decay``, and the rule's own.
+        defaults: default values of the group options: ``lr``, ``weight_decay`` (0 if left out) and the rule's own.
         lr_scale: shape scale for m rows (fan-out) and n columns (fan-in): ``"match_rms_adamw"``
             :math:`0.2\sqrt{\max(m, n)}`, with which AdamW's learning rates carry over (arXiv 2502.16982);
             ``"original"`` :math:`\sqrt{\max(1, m/n)}`; ``"spectral"`` :math:`\sqrt{m/n}`; ``"none"`` 1.
@@ -93,7 +92,7 @@ class MatrixOptimizer(Optimizer):
         self.loss: Any = None
         """What the closure of the step under way returned, for rules that need it; None without a closure."""
         shared = {"lr_scale": lr_scale, "cautious": cautious, "state_dtype": state_dtype, "nonfinite": nonfinite}
-        super().__init__(params, {**defaults, **shared})
+        super().__init__(params, {"weight_decay": 0.0, **defaults, **shared})
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """State of a stack before its first step.
@@ -215,16 +214,18 @@ class MatrixOptimizer(Optimizer):
         return grad.lerp_(buffer, group["momentum"]) if group.get("nesterov") else grad.copy_(buffer)
 
     def orthogonalize(self, matrices: Tensor, group: dict[str, Any], overwrite: bool = True) -> Tensor:
-        """:func:`~lightning_muon.linalg.orthogonalize` by ``method``, ``steps`` and ``orthogonalize_dtype`` of a group.
+        """:func:`~lightning_muon.linalg.orthogonalize` by ``method``, ``steps`` and ``orthogonalize_dtype`` of a group,
+        or by its defaults where the rule has no such options.
 
         Args:
             matrices: (B, m, n).
             group: the options of the param group.
             overwrite: whether the memory of ``matrices`` may be used for the work.
         """
-        name = group["orthogonalize_dtype"]
+        name = group.get("orthogonalize_dtype")
         dtype = None if name is None else getattr(torch, name)
-        return orthogonalize(matrices, group["method"], group["steps"], dtype, overwrite=overwrite)
+        method = group.get("method", "jordan")
+        return orthogonalize(matrices, method, group.get("steps"), dtype, overwrite=overwrite)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it."""
@@ -284,7 +285,7 @@ class MatrixOptimizer(Optimizer):
                 )
                 self._signatures[index] = signature
             for stack in self._stacks[index]:
-                stack.bind(self.state, partial(self.init_state, group=group))
+                stack.bind(self.state, self.init_state, group)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -344,6 +345,7 @@ class MatrixOptimizer(Optimizer):
     ) -> None:
         """Apply the rule to the members of a stack, all of which have gradients."""
         direction = self.direction(stack.gather_grads(members), state, group)
+        self._check_answer("direction", direction, members, stack)
         factor = self.decay_factor(state, group) if group["weight_decay"] != 0 else None
         scale = shape_scale(group["lr_scale"], *stack.shape)
         targets = [member.target(member.parameter) for member in members]
@@ -358,6 +360,16 @@ class MatrixOptimizer(Optimizer):
                 amounts = split_like((amount * factor).expand_as(direction), members, targets)
                 _decay_by(targets, parts, amounts, group["cautious"])
         _subtract(targets, parts, group["lr"] * scale)
+
+    def _check_answer(self, method: str, answer: Any, members: list[StackMember], stack: MatrixStack) -> None:
+        """Raise ``ValueError`` unless a rule answered with one matrix for each of the members."""
+        expected = (sum(member.stop - member.start for member in members), *stack.shape)
+        if not isinstance(answer, Tensor) or answer.shape != expected:
+            found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise ValueError(
+                f"{type(self).__name__}.{method} must return a tensor of shape {expected}, that of the gradients, here "
+                f"for {members[0].name!r}; it returned {found}."
+            )
 
     def _observe(
         self, members: list[StackMember], parts: list[Tensor], updates: dict[Tensor, dict[int, Tensor]]

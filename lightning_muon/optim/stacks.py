@@ -111,18 +111,15 @@ class MatrixStack:
         return self.gather(members, [m.parameter.grad for m in members if m.parameter.grad is not None])
 
     def bind(
-        self, optimizer_state: MutableMapping[Tensor, dict[str, Any]], init_state: Callable[[Tensor], dict[str, Tensor]]
+        self,
+        optimizer_state: MutableMapping[Tensor, dict[str, Any]],
+        init_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]],
+        group: dict[str, Any],
     ) -> None:
         """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds."""
         if not self._initialized:
             weights = self.gather(self.members, [member.parameter for member in self.members])
-            self.state = init_state(weights)
-            for key, tensor in self.state.items():
-                if tensor.shape[:1] != (self.size,):
-                    raise ValueError(
-                        f"init_state must return tensors of shape (B, ...) with B = {self.size} here; {key!r} has "
-                        f"shape {tuple(tensor.shape)}."
-                    )
+            self.state = _checked_state(init_state(weights, group), self.size)
             self._initialized = True
         for member in self.members:
             saved = optimizer_state[member.parameter]
@@ -136,7 +133,7 @@ class MatrixStack:
                     _copy_saved(view, current, member.name, name)
                 elif key in member.bound:  # the state was cleared: start anew
                     weights = self.gather([member], [member.parameter])
-                    tensor[member.start : member.stop] = init_state(weights)[key]
+                    tensor[member.start : member.stop] = init_state(weights, group)[key]
                 saved[name] = member.bound[key] = view
 
     def take(self, members: Sequence[StackMember]) -> tuple[dict[str, Tensor], Tensor]:
@@ -211,6 +208,16 @@ def _as_parameter(part: Tensor, shape: torch.Size, layout: MatrixLayout) -> Tens
                 return None
         strides.append(inside[0][2] if inside else 1)
     return part.as_strided(shape, strides, part.storage_offset())
+
+
+def _checked_state(state: Any, size: int) -> dict[str, Tensor]:
+    if not isinstance(state, dict):
+        raise ValueError(f"init_state must return a dict of tensors, got {type(state).__name__}.")
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.shape[:1] != (size,):
+            found = f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"is {type(tensor).__name__}"
+            raise ValueError(f"init_state must return tensors of shape (B, ...) with B = {size} here; {key!r} {found}.")
+    return state
 
 
 def _copy_saved(view: Tensor, saved: Any, parameter: str, key: str) -> None:

@@ -88,6 +88,8 @@ class WeightAwareOptimizer(MatrixOptimizer):
     ) -> None:
         read_weights = WeightReader(stack, members)
         base, step = self.next_weights(read_weights, stack.gather_grads(members), state, group)
+        for answer in (base, step):
+            self._check_answer("next_weights", answer, members, stack)
         targets = [member.target(member.parameter) for member in members]
         for target, new in zip(targets, split_like(base.sub_(step), members, targets), strict=True):
             target.copy_(new)

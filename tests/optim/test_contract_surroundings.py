@@ -389,3 +389,55 @@ def test_hybrid_serializes_without_the_module() -> None:
     assert isinstance(other.optimizers["other"], AdamW)
     for child in other.optimizers.values():
         assert all(any(group is own for own in other.param_groups) for group in child.param_groups)
+
+
+def _rule(direction: Any = None, state: Any = None) -> type[Any]:
+    """A rule as in the README, with mistakes."""
+    from lightning_muon.optim import MatrixOptimizer
+
+    class Mistaken(MatrixOptimizer):
+        def __init__(self, params: Any, lr: float = 1e-3, **shared: Any) -> None:
+            super().__init__(params, {"lr": lr}, **shared)
+
+        def init_state(self, weights: torch.Tensor, options: dict[str, Any]) -> Any:
+            return {} if state is None else state(weights)
+
+        def direction(self, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> Any:
+            return self.orthogonalize(grad, group) if direction is None else direction(grad)
+
+    return Mistaken
+
+
+def test_subclass_needs_no_options_to_orthogonalize() -> None:
+    """Nor a weight decay, nor the names that the base gives to arguments."""
+    bag = Bag()
+    before = bag.values()
+    optimizer = _rule()(bag.named("w"), lr=0.1, lr_scale="none")
+    set_grads(bag, 0)
+    optimizer.step()
+    for param, old in zip(bag.parameters(), before, strict=True):
+        values = torch.linalg.svdvals((old - param.detach()) / 0.1)
+        assert float(values.max()) < 1.3
+        assert float(values.max()) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"direction": lambda grad: grad[:, :, :1]}, r"Mistaken.direction must return .*'w0'; it returned shape"),
+        ({"direction": lambda grad: grad.mT}, "it returned shape"),
+        ({"direction": lambda grad: grad[0]}, "it returned shape"),
+        ({"direction": lambda grad: None if grad is None else 3}, "it returned int"),
+        ({"state": lambda weights: weights}, "init_state must return a dict of tensors, got Tensor"),
+        ({"state": lambda weights: {"steps": 0}}, "'steps' is int"),
+        ({"state": lambda weights: {"rows": weights[0, 0]}}, r"'rows' has shape \("),
+    ],
+)
+def test_subclass_with_a_mistake_gets_a_sentence(mistake: dict[str, Any], message: str) -> None:
+    bag = Bag()
+    optimizer = _rule(**mistake)(bag.named("w"))
+    before = bag.values()
+    set_grads(bag, 0)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, before, bag.values()))

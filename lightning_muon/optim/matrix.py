@@ -228,15 +228,36 @@ class MatrixOptimizer(Optimizer):
         return orthogonalize(matrices, method, group.get("steps"), dtype, overwrite=overwrite)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it."""
+        """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it.
+
+        Raises:
+            ValueError: if the state does not fit the parameters, or is that of another rule.
+        """
         super().load_state_dict(state_dict)
         restore_exactly(self, state_dict, self.param_groups)
+        loaded = {parameter: set(state) for parameter, state in self.state.items() if state}
         self.check_state()
+        self._check_rule(loaded)
 
     def check_state(self) -> None:
         """Raise ``ValueError`` if the state does not fit the parameters, as after loading that of another model."""
         if any(self.state.get(parameter) for group in self.param_groups for parameter in group["params"]):
             self._refresh_stacks()
+
+    def _check_rule(self, loaded: dict[Tensor, set[str]]) -> None:
+        """Raise ``ValueError`` where a loaded state has other entries than this rule keeps."""
+        members = [member for stacks in self._stacks for stack in stacks for member in stack.members]
+        kept: dict[Tensor, set[str]] = {}
+        for member in members:
+            kept.setdefault(member.parameter, set()).update(map(member.state_key, member.bound))
+        for member in members:
+            found = loaded.get(member.parameter)
+            if found is not None and found != kept[member.parameter]:
+                raise ValueError(
+                    f"The state to load for {member.name!r} has {', '.join(sorted(found))}, but {type(self).__name__} "
+                    f"keeps {', '.join(sorted(kept[member.parameter])) or 'no state'}: it was saved by another rule. "
+                    "Load the weights alone to go on with this one."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "layouts": self.layouts}

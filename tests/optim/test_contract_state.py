@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
-from lightning_muon.optim import Muon
+from lightning_muon.optim import SWAN, HybridOptimizer, Muon, NorMuon
 from lightning_muon.partition import MatrixLayout
 from tests.optim.subjects import (
     MUON,
+    Bag,
     Subject,
     advance,
     assert_go_on_alike,
@@ -328,3 +331,19 @@ def test_state_dict_hooks(subject: Subject) -> None:
     other.register_load_state_dict_post_hook(lambda opt: calls.append("post load"))
     other.load_state_dict(saved)
     assert calls == ["pre save", "post save", "pre load", "post load"]
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["alone", "hybrid"])
+@pytest.mark.parametrize(("saved", "loading"), [(Muon, NorMuon), (NorMuon, Muon), (Muon, SWAN)])
+def test_state_of_another_rule_is_refused(saved: type[Any], loading: type[Any], hybrid: bool) -> None:
+    """Half of a state would go on with the other half new, and say nothing."""
+
+    def build(bag: Bag, rule: type[Any]) -> Optimizer:
+        matrix = rule(bag.named("w"), lr=0.02)
+        return HybridOptimizer({"other": AdamW(bag.named("v")), "matrix": matrix}) if hybrid else matrix
+
+    bag = Bag(vectors=((3,),) if hybrid else ())
+    optimizer = build(bag, saved)
+    advance(bag, optimizer, range(2))
+    with pytest.raises(ValueError, match=rf"'w0' has .*, but {loading.__name__} keeps .* saved by another rule"):
+        build(bag, loading).load_state_dict(reload(optimizer.state_dict()))

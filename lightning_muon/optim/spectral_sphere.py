@@ -70,7 +70,9 @@ class SpectralSphere(WeightAwareOptimizer):
         weight_decay: shrinks W before the retraction, which undoes it: of no effect unless ``cautious``.
         momentum: :math:`\mu`, from 0 to below 1.
         nesterov: look one step ahead.
-        radius: c; the authors found 2 best for language models.
+        radius: c; the authors found 2 best for language models. It matters: weights that start far from the sphere are
+            put onto it by the first step. The matrices of SASRec, for one, start at a spectral norm of 0.3 and stay
+            near it in training; R = 1 changes the model.
         lambda_search: find the multiplier; False for MuonSphere.
         tolerance: largest :math:`|\langle \Theta, \Phi \rangle|` that the search is content with.
         power_iterations: iterations a step for the singular vectors of the weights, from those of the last step.

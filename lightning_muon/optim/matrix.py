@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_muon.linalg import orthogonalize
 from lightning_muon.linalg.orthogonalize import check_orthogonalization
+from lightning_muon.optim.apply import decay, decay_by, split_like, subtract
 from lightning_muon.optim.arguments import (
     check_choice,
     check_fraction,
@@ -376,11 +377,11 @@ class MatrixOptimizer(Optimizer):
         if group["weight_decay"] != 0:
             amount = group["lr"] * group["weight_decay"]
             if factor is None:
-                _decay(targets, parts, amount, group["cautious"])
+                decay(targets, parts, amount, group["cautious"])
             else:
                 amounts = split_like((amount * factor).expand_as(direction), members, targets)
-                _decay_by(targets, parts, amounts, group["cautious"])
-        _subtract(targets, parts, group["lr"] * scale)
+                decay_by(targets, parts, amounts, group["cautious"])
+        subtract(targets, parts, group["lr"] * scale)
 
     def _check_answer(self, method: str, answer: Any, members: list[StackMember], stack: MatrixStack) -> None:
         """Raise ``ValueError`` unless a rule answered with one matrix for each of the members."""
@@ -415,39 +416,3 @@ def _names(group: dict[str, Any]) -> list[str]:
     if names is not None:
         return list(names)
     return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
-
-
-def split_like(direction: Tensor, members: list[StackMember], targets: list[Tensor]) -> list[Tensor]:
-    """(B, m, n) cut into one tensor a member, of its target's shape."""
-    if all(member.plain for member in members):
-        return list(direction.unbind(0))
-    parts = torch.split(direction, [member.stop - member.start for member in members])
-    return [part.reshape(target.shape) for part, target in zip(parts, targets, strict=True)]
-
-
-def _decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor, cautious: bool) -> None:
-    """Shrink the targets by ``amount``; if cautious, only entries that the update shrinks too (or leaves alone)."""
-    if cautious:
-        _decay_by(targets, updates, [amount] * len(targets), cautious)
-    elif targets[0].is_cuda and not isinstance(amount, Tensor):
-        torch._foreach_mul_(targets, 1 - amount)
-    else:
-        # On a CPU the foreach form copies each target, and a Python number is converted anew for each.
-        factor = torch.as_tensor(1 - amount, dtype=torch.promote_types(targets[0].dtype, torch.float32))
-        for target in targets:
-            target.mul_(factor)
-
-
-def _decay_by(targets: list[Tensor], updates: list[Tensor], amounts: Sequence[float | Tensor], cautious: bool) -> None:
-    """Shrink each target by its own amount, elementwise where that is a tensor."""
-    for target, update, amount in zip(targets, updates, amounts, strict=True):
-        if cautious:  # in float32 at least: in bfloat16 a factor of 0.999 is 1
-            amount = amount * (update * target >= 0).to(torch.promote_types(target.dtype, torch.float32))
-        target.mul_(1 - amount)
-
-
-def _subtract(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor) -> None:
-    if isinstance(amount, Tensor):
-        torch._foreach_sub_(targets, torch._foreach_mul(updates, amount.to(targets[0].device, targets[0].dtype)))
-    else:
-        torch._foreach_add_(targets, updates, alpha=-amount)

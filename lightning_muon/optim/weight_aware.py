@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_muon.optim.matrix import MatrixOptimizer, split_like
+from lightning_muon.optim.apply import split_like
+from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.stacks import MatrixStack, StackMember
 
 

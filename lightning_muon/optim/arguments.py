@@ -87,6 +87,14 @@ def check_choice(group: dict[str, Any], key: str, choices: tuple[str | bool, ...
         raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {group[key]!r}.")
 
 
+def parameter_names(group: dict[str, Any]) -> list[str]:
+    """A name for each parameter of a param group: its own, or its place in the group."""
+    names = group.get("param_names")
+    if names is not None:
+        return list(names)
+    return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
+
+
 def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
     """``"float32"`` for ``torch.float32``, ``"float32"`` or ``"torch.float32"``; param groups hold plain strings.
 

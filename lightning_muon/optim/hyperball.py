@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
-from lightning_muon.optim.arguments import check_positive
+from lightning_muon.optim.arguments import check_positive, parameter_names
 from lightning_muon.optim.matrix import NonFinite
 from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 from lightning_muon.partition import MatrixLayout
@@ -102,8 +102,7 @@ class MuonHyperball(WeightAwareOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        names = group.get("param_names", range(len(group["params"])))
-        for parameter, name in zip(group["params"], names, strict=True):
+        for parameter, name in zip(group["params"], parameter_names(group), strict=True):
             if group["radius"] is None and _has_zero_matrix(parameter, self.layouts[parameter]):
                 self.param_groups.pop()
                 raise ValueError(

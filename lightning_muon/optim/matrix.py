@@ -21,8 +21,10 @@ from lightning_muon.optim.arguments import (
     check_non_negative,
     check_parameter,
     dtype_name,
+    parameter_names,
 )
 from lightning_muon.optim.checkpoint import restore_exactly
+from lightning_muon.optim.gradients import check_dense, nonfinite_parameters
 from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
 from lightning_muon.partition import MatrixLayout
 
@@ -180,8 +182,8 @@ class MatrixOptimizer(Optimizer):
                 loss = closure()
         # What a step refuses, it refuses before anything moves.
         self._refresh_stacks()
-        self._check_gradients()
-        nonfinite = self._nonfinite_parameters()
+        check_dense(self.param_groups)
+        nonfinite = nonfinite_parameters(self.param_groups)
         self.loss = loss
         updates: dict[Tensor, dict[int, Tensor]] = {}
         try:
@@ -285,7 +287,7 @@ class MatrixOptimizer(Optimizer):
         wanted = [self.layouts.get(parameter) for parameter in parameters] if layouts is None else layouts
         return {
             parameter: check_parameter(parameter, name, layout)
-            for parameter, name, layout in zip(parameters, _names(group), wanted, strict=True)
+            for parameter, name, layout in zip(parameters, parameter_names(group), wanted, strict=True)
         }
 
     def _refresh_stacks(self) -> None:
@@ -298,7 +300,7 @@ class MatrixOptimizer(Optimizer):
                 self._stacks.append([])
                 self._signatures.append([])
             if signature != self._signatures[index]:
-                name_of = dict(zip(group["params"], _names(group), strict=True))
+                name_of = dict(zip(group["params"], parameter_names(group), strict=True))
                 self._stacks[index] = build_stacks(
                     active,
                     [name_of[p] for p in active],
@@ -308,37 +310,6 @@ class MatrixOptimizer(Optimizer):
                 self._signatures[index] = signature
             for stack in self._stacks[index]:
                 stack.bind(self.state, self.init_state, group)
-
-    def _check_gradients(self) -> None:
-        for group in self.param_groups:
-            for parameter, name in zip(group["params"], _names(group), strict=True):
-                if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"The gradient of {name!r} is sparse: matrix optimizers need dense gradients. Use sparse=False "
-                        "in the module that made it, or torch.optim.SparseAdam for this parameter."
-                    )
-
-    def _nonfinite_parameters(self) -> set[Tensor]:
-        """Parameters whose gradient must not be used."""
-        watched = [
-            (parameter.grad, parameter, name, group["nonfinite"])
-            for group in self.param_groups
-            if group["nonfinite"] != "propagate"
-            for parameter, name in zip(group["params"], _names(group), strict=True)
-            if parameter.grad is not None
-        ]
-        if not watched:
-            return set()
-        device = watched[0][0].device
-        finite = torch.stack([grad.isfinite().all().to(device) for grad, *_ in watched])
-        bad = [entry for entry, ok in zip(watched, finite.tolist(), strict=True) if not ok]
-        raising = [name for _, _, name, policy in bad if policy == "raise"]
-        if raising:
-            raise FloatingPointError(
-                f"NaN or infinity in the gradient of {', '.join(raising)}. Lower the learning rate, clip by norm, or "
-                "set nonfinite='skip' to leave such parameters out of the step."
-            )
-        return {parameter for _, parameter, *_ in bad}
 
     def _step_stack(
         self,
@@ -409,10 +380,3 @@ class MatrixOptimizer(Optimizer):
                 update = member.layout.write(ordered, member.parameter.shape)
             for observer in list(self._observers.values()):
                 observer(member.name, update)
-
-
-def _names(group: dict[str, Any]) -> list[str]:
-    names = group.get("param_names")
-    if names is not None:
-        return list(names)
-    return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]

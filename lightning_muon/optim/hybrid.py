@@ -33,6 +33,7 @@ class HybridOptimizer(Optimizer):
         optimizers: the children by name, in the order of their groups. Groups of the child ``"matrix"`` that have no
             ``"name"`` are called ``"matrix"``, or ``"matrix/0"``, ``"matrix/1"``, ... if there are several.
         partition: which parameter belongs to which child; lets :meth:`add_param_group` route parameters by itself.
+            Kept as an attribute.
 
     Raises:
         ValueError: if there is no child, if children share a parameter or if two groups have one name.
@@ -49,7 +50,7 @@ class HybridOptimizer(Optimizer):
     def __init__(self, optimizers: Mapping[str, Optimizer], partition: Partition | None = None) -> None:
         _check_children(optimizers)
         self.optimizers = dict(optimizers)
-        self._partition = partition
+        self.partition = partition
         groups = []
         for owner, child in self.optimizers.items():
             for index, group in enumerate(child.param_groups):
@@ -130,7 +131,7 @@ class HybridOptimizer(Optimizer):
             if not taken.isdisjoint(group["params"]):
                 raise ValueError("Some of these parameters are optimized already: each may be in one param group only.")
             group["name"] = self._unused_name(group["name"])
-            _set_param_names(group, self._partition)
+            _set_param_names(group, self.partition)
             child = self.optimizers[owner]
             child.add_param_group(group)
             group = child.param_groups[-1]
@@ -214,7 +215,7 @@ class HybridOptimizer(Optimizer):
         self._link()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("optimizers", "_partition", "_owners", "_constructing")}
+        own = {key: self.__dict__[key] for key in ("optimizers", "partition", "_owners", "_constructing")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -271,8 +272,8 @@ class HybridOptimizer(Optimizer):
             names = {"param_names": [entry[0] for entry in given]} if isinstance(given[0], tuple) else {}
             return [(owner, {**param_group, "params": parameters, **names})]
         known: dict[Tensor, ParameterAssignment] = {}
-        if self._partition is not None:
-            known = {entry.parameter: entry for entry in self._partition}
+        if self.partition is not None:
+            known = {entry.parameter: entry for entry in self.partition}
         routed: dict[tuple[str, str], dict[str, Any]] = {}
         for parameter in parameters:
             if parameter not in known or known[parameter].group not in self.optimizers:

@@ -1,0 +1,120 @@
+"""EffectiveRankMonitor: how many directions weights and updates use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_muon.callbacks import figures
+from lightning_muon.callbacks.probe import Depth, Kind, Measurement
+from lightning_muon.callbacks.quantity import Quantity
+from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.linalg import Spectra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class EffectiveRankMonitor(SpectralMonitor):
+    r"""Logs how many directions each weight matrix and each update uses, by three measures.
+
+    With singular values :math:`\sigma_i`, of which there are :math:`r = \min(m, n)`, and
+    :math:`p_i = \sigma_i / \sum_j \sigma_j`, all in :math:`[1, r]`:
+
+    * ``effective_rank`` :math:`\exp(-\sum_i p_i \ln p_i)`, by entropy (Roy and Vetterli, EUSIPCO 2007); sees small
+      directions best, and takes exact spectra;
+    * ``participation_ratio`` :math:`(\sum_i \sigma_i^2)^2 / \sum_i \sigma_i^4`, how many directions share the energy;
+    * ``stable_rank`` :math:`\|W\|_F^2 / \sigma_1^2`, how many are about as large as the largest.
+
+    Of the weights under these keys, of the updates under ``update_effective_rank`` and so on. r means that all
+    directions are equal. Random weights start near 0.8 r (effective rank), 0.5 r (participation) and 0.25 r (stable
+    rank) if square; falling slowly is learning, falling by half from one table to the next is a collapse, of which the
+    table warns. Updates of Muon have effective ranks above 0.95 r, AdamW's use a fraction. Updates are read as in
+    :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
+
+    Keys: ``<quantity>/mean``, ``<quantity>/min``, ``<quantity>/<matrix>``.
+
+    Args:
+        every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
+        normalize: divide ranks by r, to (0, 1]: comparable over matrices of different sizes.
+        **kwargs: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
+
+    Raises:
+        MisconfigurationException: for values out of range, and globs that match nothing.
+
+    Example::
+
+        Trainer(callbacks=[EffectiveRankMonitor(every_n_steps=50, spectrum_every_n_steps=500, normalize=True)])
+    """
+
+    name = "effective_rank"
+
+    def __init__(self, every_n_steps: int | None = None, normalize: bool = False, **kwargs: Any) -> None:
+        super().__init__(every_n_steps, **kwargs)
+        self.normalize = normalize
+        self.quantities = [_rank(*measure, kind, normalize) for kind in _KINDS for measure in _MEASURES]
+        self.spectra: dict[str, dict[str, Any]] = {}
+        """Singular values by matrix at the first and the last step at which they were computed, by kind."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "spectra": self.spectra}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.spectra = dict(state_dict["spectra"])
+
+    def forget(self) -> None:
+        super().forget()
+        self.spectra = {}
+
+    def remember(self, step: int, measurements: Iterable[Measurement]) -> None:
+        """Keeps the singular values of the first and of the last step at which they were computed."""
+        if not self.due_spectrum(step):
+            return
+        watched = self.watched_names()
+        for kind in _KINDS:
+            values = {
+                name: row
+                for found in measurements
+                if found.kind == kind and found.spectra.singular_values is not None
+                for name, row in zip(found.names, found.spectra.singular_values.unbind(), strict=True)
+                if name in watched
+            }
+            if values:
+                snapshot = {"step": step, "values": values}
+                self.spectra.setdefault(kind, {"first": snapshot})["last"] = snapshot
+
+    def figures(self) -> dict[str, Figure]:
+        """Heat maps, and the singular values of each matrix at the first and the last exact measurement."""
+        drawn = super().figures()
+        for kind, snapshots in self.spectra.items():
+            labelled = {f"step {snapshot['step']}": snapshot["values"] for snapshot in snapshots.values()}
+            drawn[self.key(f"{kind}_singular_values")] = figures.spectra_plot(labelled, f"Singular values of {kind}s")
+        return drawn
+
+
+_KINDS: tuple[Kind, ...] = ("weight", "update")
+
+_MEASURES: tuple[tuple[str, Depth, Callable[[Spectra], Tensor]], ...] = (
+    ("stable_rank", Depth.GRAM, lambda spectra: spectra.stable_rank),
+    ("participation_ratio", Depth.GRAM, lambda spectra: spectra.participation_ratio),
+    ("effective_rank", Depth.SPECTRUM, lambda spectra: spectra.effective_rank),
+)
+
+
+def _rank(name: str, depth: Depth, measure: Callable[[Spectra], Tensor], kind: Kind, normalize: bool) -> Quantity:
+    def rank(spectra: Spectra, shape: tuple[int, int]) -> Tensor:
+        return measure(spectra) / spectra.size if normalize else measure(spectra)
+
+    label = name.replace("_", " ")
+    return Quantity(
+        name if kind == "weight" else f"update_{name}",
+        kind,
+        depth,
+        rank,
+        "min",
+        "halved",
+        f"{label} / r" if normalize else label,
+    )

@@ -1,0 +1,112 @@
+"""Which matrices of a module the monitors watch, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
+from lightning_muon.partition.rules import near_names
+from lightning_muon.partition.sites import walk
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedParameter:
+    """A parameter and the matrices that it holds.
+
+    Args:
+        name: in the LightningModule, without the prefixes of wrappers.
+        parameter: the parameter.
+        layout: how it is read as matrices.
+        aliases: other names of the same parameter.
+        by_default: whether it is watched where nobody asks for it by name.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layout: MatrixLayout
+    aliases: tuple[str, ...] = ()
+    by_default: bool = True
+    matrices: list[list[str]] = field(init=False)
+    """Names of the matrices, a list for each view of the layout: the parameter's own name where it is one matrix,
+    else with ``.0``, ``.1``, ... behind it."""
+    shapes: dict[str, tuple[int, int]] = field(init=False)
+    """(m, n) of each matrix by its name."""
+
+    def __post_init__(self) -> None:
+        views = self.layout.matrix_shapes(self.parameter.shape)
+        total = sum(count for count, _, _ in views)
+        unused = iter([self.name] if total == 1 else [f"{self.name}.{index}" for index in range(total)])
+        names = [[next(unused) for _ in range(count)] for count, _, _ in views]
+        shapes = {name: (m, n) for same, (_, m, n) in zip(names, views, strict=True) for name in same}
+        object.__setattr__(self, "matrices", names)
+        object.__setattr__(self, "shapes", shapes)
+
+    def read(self, tensor: Tensor) -> list[Tensor]:
+        """The matrices of a tensor of the parameter's shape: (b, m, n) a view."""
+        return self.layout.read(tensor)
+
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Whether one of the globs is about this parameter."""
+        return any(fnmatchcase(name, pattern) for name in (self.name, *self.aliases) for pattern in patterns)
+
+
+def find_matrices(
+    module: LightningModule, optimizers: Sequence[Optimizer], rules: Sequence[ParameterRule] = ()
+) -> list[WatchedParameter]:
+    """All parameters of a module that can be read as matrices, frozen ones too, in the module's order.
+
+    Those that the partition sends to the matrix optimizer are watched by default: the partition by which an optimizer
+    was built, or else that of the module under its ``parameter_rules`` and ``rules``.
+
+    Raises:
+        ValueError: if the module has no partition (parameters are lazy, sparse, or flat shards).
+    """
+    partitions = [found for o in optimizers if isinstance(found := getattr(o, "partition", None), Partition)]
+    if not partitions:
+        partitions = [partition_parameters(module, [*getattr(module, "parameter_rules", ()), *rules])]
+    entries = {id(entry.parameter): entry for partition in partitions for entry in partition}
+    names: dict[int, list[str]] = {}
+    for site in walk(module):
+        names.setdefault(id(site.parameter), []).append(site.name)
+    watched = []
+    for parameter in module.parameters():
+        entry = entries.get(id(parameter))
+        layout = None if entry is None else entry.layout
+        readable = parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
+        if not readable:
+            continue
+        name, *aliases = names[id(parameter)]
+        watched.append(
+            WatchedParameter(name, parameter, layout or MatrixLayout(), tuple(aliases), by_default=layout is not None)
+        )
+    return watched
+
+
+def select(
+    parameters: Sequence[WatchedParameter], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[WatchedParameter]:
+    """Those that a monitor is to watch.
+
+    Args:
+        parameters: what there is.
+        include: globs on names; None for what is watched by default.
+        exclude: globs on names, applied afterwards.
+
+    Raises:
+        MisconfigurationException: for a glob that matches nothing.
+    """
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(parameter.matches([pattern]) for parameter in parameters):
+                names = [name for parameter in parameters for name in (parameter.name, *parameter.aliases)]
+                near = near_names(pattern.replace("*", "").strip("."), names)
+                raise MisconfigurationException(f"{argument}: no matrix has a name like {pattern!r}. {near}")
+    chosen = [p for p in parameters if (p.by_default if include is None else p.matches(include))]
+    return [parameter for parameter in chosen if not parameter.matches(exclude or ())]

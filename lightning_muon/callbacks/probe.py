@@ -1,0 +1,203 @@
+"""MatrixProbe: one pass over weights and updates a step, shared by all monitors of a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, TypeAlias
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_muon.callbacks.matrices import WatchedParameter
+from lightning_muon.callbacks.updates import UpdateCapture
+from lightning_muon.linalg import Spectra, estimate_spectra, exact_spectra
+
+Kind: TypeAlias = Literal["weight", "update"]
+
+MAX_STACK_ELEMENTS = 2**24
+"""Matrices are decomposed together up to this many elements, which bounds temporary memory."""
+
+COLD_ITERATIONS = 32
+WARM_ITERATIONS = 4
+
+
+class Depth(IntEnum):
+    """How much of a matrix is measured: each level contains those before it."""
+
+    NORM = 0
+    """Spectral and Frobenius norm."""
+    GRAM = 1
+    """And what the Gram matrix tells."""
+    SPECTRUM = 2
+    """All singular values; the norm is exact."""
+
+
+Plan: TypeAlias = Mapping[tuple[Kind, str], Depth]
+"""What to measure: (kind, name of the matrix) -> depth."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found out about a stack of matrices of one shape.
+
+    Args:
+        kind: whether they are weights or updates.
+        names: of the matrices.
+        shape: (m, n).
+        depth: what was measured.
+        spectra: with batch shape (len(names),), on the CPU.
+    """
+
+    kind: Kind
+    names: list[str]
+    shape: tuple[int, int]
+    depth: Depth
+    spectra: Spectra
+
+
+class MatrixProbe:
+    """Captures the updates of a step and measures matrices, each once.
+
+    Sharded parameters (``DTensor``) are gathered whole on every process, one after the other.
+
+    Args:
+        parameters: what may be asked for.
+        demands: what each monitor wants measured after a step; asked once a step.
+    """
+
+    def __init__(self, parameters: list[WatchedParameter], demands: Sequence[Callable[[int], Plan]]) -> None:
+        self.parameters = parameters
+        self.demands = demands
+        self.vectors: dict[str, Tensor] = {}
+        """Where power iteration goes on, by ``"weight/<name>"`` and ``"update/<name>"``."""
+        self._warned = False
+        self._captures: dict[Optimizer, UpdateCapture] = {}
+        self._step = -1
+        self._plan: Plan = {}
+        self._measured: list[Measurement] = []
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Get ready for a step of an optimizer; the first monitor to call does it for all."""
+        if step != self._step:
+            self._step, self._measured = step, []
+            self._plan = _union([demand(step) for demand in self.demands])
+        if optimizer in self._captures:
+            return
+        wanted = {
+            watched.parameter
+            for watched in self.parameters
+            if any(("update", name) in self._plan for name in watched.shapes)
+        }
+        self._captures[optimizer] = UpdateCapture(optimizer, wanted)
+
+    def after_step(self, step: int) -> list[Measurement]:
+        """What was asked for after this step, measured when the first monitor calls; empty if no optimizer stepped."""
+        if self._captures:
+            captures = [capture for capture in self._captures.values() if capture.stepped]
+            self.close()
+            updates = {parameter: u for capture in captures for parameter, u in capture.updates.items()}
+            if not self._warned and any(capture.rounded for capture in captures):
+                self._warned = True
+                rank_zero_warn(
+                    "Updates are measured as differences of weights in half precision, where rounding takes a large "
+                    "part. Keep the weights in float32 (precision='bf16-mixed') to see what the optimizer does."
+                )
+            self._measured = list(self._measure(updates)) if captures else []
+        return self._measured if step == self._step else []
+
+    def close(self) -> None:
+        """Leave the optimizers as they were, whether or not they stepped."""
+        for capture in self._captures.values():
+            capture.close()
+        self._captures.clear()
+
+    @torch.no_grad()
+    def _measure(self, updates: Mapping[Tensor, Tensor]) -> Iterator[Measurement]:
+        stacks: dict[tuple[Kind, torch.Size, Depth, torch.dtype, torch.device], _Stack] = {}
+        for kind, watched, tensor in self._tensors(updates):
+            for names, matrices in zip(watched.matrices, watched.read(tensor), strict=True):
+                for depth in Depth:
+                    index = [i for i, name in enumerate(names) if self._plan.get((kind, name)) is depth]
+                    if not index:
+                        continue
+                    chosen = matrices if len(index) == len(names) else matrices[index]
+                    key = (kind, matrices.shape[1:], depth, matrices.dtype, matrices.device)
+                    stack = stacks.setdefault(key, _Stack())
+                    stack.add([names[i] for i in index], chosen)
+                    if stack.elements >= MAX_STACK_ELEMENTS:
+                        yield self._measure_stack(kind, depth, stacks.pop(key))
+        for (kind, _, depth, _, _), stack in stacks.items():
+            yield self._measure_stack(kind, depth, stack)
+
+    def _tensors(self, updates: Mapping[Tensor, Tensor]) -> Iterator[tuple[Kind, WatchedParameter, Tensor]]:
+        kinds: tuple[Kind, ...] = ("weight", "update")
+        for kind in kinds:
+            for watched in self.parameters:
+                if any((kind, name) in self._plan for name in watched.shapes):
+                    tensor = watched.parameter.detach() if kind == "weight" else updates.get(watched.parameter)
+                    if tensor is not None:
+                        yield kind, watched, _whole(tensor)
+
+    def _measure_stack(self, kind: Kind, depth: Depth, stack: _Stack) -> Measurement:
+        matrices = stack.join()
+        m, n = matrices.shape[1:]
+        if depth is Depth.SPECTRUM:
+            spectra = exact_spectra(matrices)
+        else:
+            keys = [f"{kind}/{name}" for name in stack.names]
+            known = [self.vectors[key] for key in keys if key in self.vectors]
+            warm = torch.stack(known).to(matrices.device) if len(known) == len(keys) else None
+            iterations = COLD_ITERATIONS if warm is None else WARM_ITERATIONS
+            spectra, vectors = estimate_spectra(matrices, warm, iterations=iterations, gram=depth is Depth.GRAM)
+            self.vectors.update(zip(keys, vectors.unbind(), strict=True))
+        return Measurement(kind, stack.names, (m, n), depth, _on_cpu(spectra))
+
+
+class _Stack:
+    """Matrices of one shape that wait to be measured."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.elements = 0
+        self._parts: list[Tensor] = []
+
+    def add(self, names: list[str], matrices: Tensor) -> None:
+        self.names.extend(names)
+        self.elements += matrices.numel()
+        self._parts.append(matrices)
+
+    def join(self) -> Tensor:
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+
+
+def _union(plans: Sequence[Plan]) -> Plan:
+    """All that is asked for, as deep as anybody asks."""
+    union: dict[tuple[Kind, str], Depth] = {}
+    for plan in plans:
+        for matrix, depth in plan.items():
+            union[matrix] = max(depth, union.get(matrix, depth))
+    return union
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a sharded one gathered; every process of its mesh has to come here."""
+    gather = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if gather is None else gather()
+    return whole
+
+
+def _on_cpu(spectra: Spectra) -> Spectra:
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.cpu()
+
+    return Spectra(
+        spectra.size,
+        spectra.spectral_norm.cpu(),
+        spectra.frobenius_norm.cpu(),
+        move(spectra.orthogonality_error),
+        move(spectra.singular_values),
+    )

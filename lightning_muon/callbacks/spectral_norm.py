@@ -1,0 +1,79 @@
+"""SpectralNormMonitor: how large the weights are as maps."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_muon.callbacks.probe import Depth
+from lightning_muon.callbacks.quantity import Quantity
+from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.partition import ParameterRule
+
+
+class SpectralNormMonitor(SpectralMonitor):
+    r"""Logs the spectral norm :math:`\sigma_1` of each weight matrix, its largest singular value.
+
+    .. math:: \|W\|_2 = \max_{\|x\|_2 = 1} \|W x\|_2 \ge 0
+
+    It bounds how much a layer can enlarge its input, and how much the logits of attention can grow. Healthy weights
+    grow for a while and level off; one that keeps doubling precedes divergence, and the table warns of it. Measured by
+    power iteration that goes on from the last measurement, within 1 % from below, or exactly where another monitor
+    decomposes the matrix in the same step.
+
+    With ``rms=True`` also ``rms_operator_norm``, :math:`\sigma_1 \sqrt{n / m}` for m rows (fan-out) and n columns
+    (fan-in): the same bound where inputs and outputs are measured by the root mean square of their entries, so that
+    layers of all shapes compare. Near 1 a layer keeps the scale of what it is fed.
+
+    Keys: ``spectral_norm/mean``, ``spectral_norm/max``, ``spectral_norm/<matrix>``; ``rms_operator_norm/...``.
+
+    Args:
+        every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
+        rms: whether to log ``rms_operator_norm`` too.
+        include: and all others: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
+
+    Raises:
+        MisconfigurationException: for values out of range, and globs that match nothing.
+
+    Example::
+
+        Trainer(callbacks=[SpectralNormMonitor(every_n_steps=50, per_parameter=True)])
+    """
+
+    name = "spectral_norm"
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        rms: bool = False,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        per_parameter: bool = False,
+        print_table: bool = True,
+        plot: bool = True,
+        parameter_rules: list[ParameterRule] | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(
+            every_n_steps,
+            include=include,
+            exclude=exclude,
+            per_parameter=per_parameter,
+            print_table=print_table,
+            plot=plot,
+            parameter_rules=parameter_rules,
+            prefix=prefix,
+        )
+        self.rms = rms
+        norm = Quantity(
+            "spectral_norm", "weight", Depth.NORM, lambda s, _: s.spectral_norm, "max", "doubled", "spectral norm"
+        )
+        scaled = Quantity(
+            "rms_operator_norm",
+            "weight",
+            Depth.NORM,
+            lambda s, shape: s.spectral_norm * math.sqrt(shape[1] / shape[0]),
+            "max",
+            "doubled",
+            "RMS operator norm",
+        )
+        self.quantities = [norm, scaled] if rms else [norm]

@@ -1,0 +1,84 @@
+"""UpdateOrthogonalityMonitor: how far the updates are from orthogonal matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_muon.callbacks.probe import Depth
+from lightning_muon.callbacks.quantity import Quantity
+from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.linalg import Spectra
+
+
+class UpdateOrthogonalityMonitor(SpectralMonitor):
+    r"""Logs how far each update :math:`U` (m, n) is from a multiple of an orthogonal matrix.
+
+    With :math:`r = \min(m, n)` singular values :math:`\sigma_i` and :math:`q^2 = \|U\|_F^2 / r`,
+
+    .. math::
+        \text{update\_orthogonality\_error} = \tfrac{1}{\sqrt r} \left\| U U^\top / q^2 - I \right\|_F
+        = \sqrt{\tfrac{1}{r} \sum_i (\sigma_i^2 / q^2 - 1)^2} \in [0, \sqrt{r - 1}]
+
+    on the smaller side. Learning rate and shape scale drop out. 0 is orthogonal; five Newton-Schulz steps of Muon leave
+    about 0.2 to 0.3; updates of AdamW have 1 or more, and a matrix of rank one :math:`\sqrt{r - 1}`. An error of Muon
+    that climbs tells of a momentum of low rank, whose smallest directions the iteration no longer lifts.
+
+    ``update_condition_number`` is :math:`\sigma_1` over a quantile of the singular values, on the clock of the exact
+    spectra: 1 is orthogonal, some 1.5 to 2 is Muon's, tens to thousands are AdamW's; infinite where that singular value
+    is 0.
+
+    An update is what the step subtracted, with weight decay taken out: as this package's optimizers show it, or for any
+    other optimizer the difference of the weights. Decay that is part of the gradient (SGD, Adam) stays in. With weights
+    in half precision that difference is mostly rounding, of which there is a warning. Updates of zero are left out.
+
+    Keys: ``update_orthogonality_error/mean``, ``/max``, ``/<matrix>``; ``update_condition_number/...``.
+
+    Args:
+        every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
+        quantile: of the singular values, what the largest is divided by: 0 for the smallest, 0.1 for the one that a
+            tenth lies below, which a few dead directions do not move.
+        **kwargs: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
+
+    Raises:
+        MisconfigurationException: for values out of range, and globs that match nothing.
+
+    Example::
+
+        Trainer(callbacks=[UpdateOrthogonalityMonitor(every_n_steps=50)])
+    """
+
+    name = "update_orthogonality"
+
+    def __init__(self, every_n_steps: int | None = None, quantile: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(every_n_steps, **kwargs)
+        if isinstance(quantile, bool) or not isinstance(quantile, (int, float)) or not 0.0 <= quantile < 1.0:
+            raise MisconfigurationException(f"quantile must be a number in [0, 1), got {quantile!r}.")
+        self.quantile = quantile
+        self.quantities = [
+            Quantity(
+                "update_orthogonality_error",
+                "update",
+                Depth.GRAM,
+                _orthogonality_error,
+                "max",
+                "doubled",
+                "orthogonality error",
+            ),
+            Quantity(
+                "update_condition_number",
+                "update",
+                Depth.SPECTRUM,
+                lambda s, _: s.condition_number(quantile),
+                "max",
+                None,
+                f"largest singular value / {quantile:g}-quantile",
+            ),
+        ]
+
+
+def _orthogonality_error(spectra: Spectra, shape: tuple[int, int]) -> Tensor:
+    assert spectra.orthogonality_error is not None
+    return spectra.orthogonality_error

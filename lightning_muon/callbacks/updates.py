@@ -1,0 +1,94 @@
+"""The updates of one optimizer step, whichever optimizer makes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_DECOUPLED = re.compile(r"AdamW|Lion|Adafactor|^Muon$")
+"""Classes that shrink the weights by lr * weight_decay on their own, and have no option that says so."""
+
+
+class UpdateCapture:
+    """Collects what the next step of an optimizer subtracts from parameters, up to a factor a parameter.
+
+    Made between the backward pass and the step. Optimizers that show their updates (``observe_updates``) are asked. For
+    others the weights are copied and compared after the step, less the weight decay where it is decoupled, that is,
+    no part of the gradient. Parameters without a gradient do not move and are left out.
+
+    Args:
+        optimizer: the optimizer that is about to step.
+        parameters: whose updates to collect.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
+        self.stepped = False
+        self.updates: dict[Tensor, Tensor] = {}
+        self.rounded = False
+        """Whether differences of weights in half precision were taken, which rounding dominates."""
+        self._before: dict[Tensor, tuple[Tensor, float]] = {}
+        self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+        for child in _children(optimizer):
+            self._watch(child, parameters)
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._before.clear()
+
+    def _watch(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
+        groups = optimizer.param_groups
+        observe = getattr(optimizer, "observe_updates", None)
+        if observe is not None and all("param_names" in group for group in groups):
+            named = {
+                name: parameter
+                for group in groups
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
+                if parameter in parameters
+            }
+            if named:
+                self._handles.append(observe(partial(self._observe, named)))
+            return
+        for group in groups:
+            shrinkage = _decoupled_decay(optimizer, group)
+            for parameter in group["params"]:
+                if parameter in parameters and parameter.grad is not None:
+                    self._before[parameter] = (parameter.detach().clone(), shrinkage)
+
+    def _observe(self, named: dict[str, Tensor], name: str, update: Tensor) -> None:
+        if name in named:
+            self.updates.setdefault(named[name], update)
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        if self.stepped:  # an optimizer that steps several times a batch: the first one counts
+            return
+        self.stepped = True
+        for parameter, (before, shrinkage) in self._before.items():
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self.updates[parameter] = before.to(dtype).mul_(1 - shrinkage).sub_(parameter.detach())
+            self.rounded = self.rounded or parameter.dtype != dtype
+        self._before.clear()
+
+
+def _children(optimizer: Optimizer) -> Iterable[Optimizer]:
+    """The optimizers that a hybrid holds, or the optimizer itself."""
+    children = getattr(optimizer, "optimizers", None)
+    return children.values() if isinstance(children, dict) else [optimizer]
+
+
+def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """The part of the weights that a step takes away besides the update."""
+    weight_decay = float(group.get("weight_decay") or 0.0)
+    by_name = any(_DECOUPLED.search(cls.__name__) for cls in type(optimizer).__mro__)
+    if not group.get("decoupled_weight_decay", group.get("weight_decouple", by_name)):
+        return 0.0
+    return weight_decay * (1.0 if group.get("fixed_decay") else float(group["lr"]))

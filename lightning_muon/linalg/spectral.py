@@ -1,0 +1,294 @@
+"""What the singular values of matrices say: norms, ranks, distance from orthogonality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muon.linalg.newton_schulz import exact_products
+from lightning_muon.linalg.scale import check_matrices, largest_magnitude
+
+_MIX = 0.1
+"""How much of the fixed start joins a warm vector. What it costs in precision, four iterations undo."""
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """What one pass found out about matrices X (..., m, n) with r = min(m, n) singular values s_1 >= ... >= s_r.
+
+    Args:
+        size: r.
+        spectral_norm: s_1, (...).
+        frobenius_norm: root of the sum of the s_i^2, (...).
+        orthogonality_error: see :func:`orthogonality_error`, (...); None where it was not measured.
+        singular_values: (..., r), descending; None where the matrices were not decomposed.
+
+    Raises:
+        ValueError: by what needs a quantity that is None.
+    """
+
+    size: int
+    spectral_norm: Tensor
+    frobenius_norm: Tensor
+    orthogonality_error: Tensor | None = None
+    singular_values: Tensor | None = None
+
+    @property
+    def stable_rank(self) -> Tensor:
+        """See :func:`stable_rank`, (...)."""
+        rank = (self.frobenius_norm / self.spectral_norm).square()
+        return torch.where(self.spectral_norm == 0, 0.0, rank)
+
+    @property
+    def participation_ratio(self) -> Tensor:
+        """See :func:`participation_ratio`, (...)."""
+        error = self._measured("orthogonality_error")
+        return torch.where(self.frobenius_norm == 0, 0.0, self.size / (1 + error.square()))
+
+    @property
+    def effective_rank(self) -> Tensor:
+        """See :func:`effective_rank`, (...)."""
+        values = self._measured("singular_values")
+        total = values.sum(-1)
+        shares = values / torch.where(total == 0, 1.0, total)[..., None]
+        return torch.where(total == 0, 0.0, torch.special.entr(shares).sum(-1).exp())
+
+    def condition_number(self, quantile: float = 0.0) -> Tensor:
+        """See :func:`condition_number`, (...)."""
+        values = self._measured("singular_values")
+        if not 0.0 <= quantile < 1.0:
+            raise ValueError(f"quantile must be in [0, 1), got {quantile}.")
+        position = (1 - quantile) * (self.size - 1)
+        above = int(position)
+        below = min(above + 1, self.size - 1)
+        small = torch.lerp(values[..., above], values[..., below], position - above)
+        return torch.where(small == 0, torch.inf, values[..., 0] / small)
+
+    def _measured(self, name: str) -> Tensor:
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"These spectra hold no {name.replace('_', ' ')}: exact_spectra measures everything.")
+        return value
+
+
+def exact_spectra(matrices: Tensor) -> Spectra:
+    """Everything, from the singular values.
+
+    Args:
+        matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
+
+    Returns:
+        Spectra of batch shape (...), NaN for matrices that hold NaN or infinity.
+
+    Raises:
+        TypeError: for what is no floating-point matrix.
+    """
+    check_matrices("exact_spectra", matrices)
+    values = singular_values(matrices)
+    size = values.shape[-1]
+    norm = values[..., 0]
+    scaled = values / torch.where(norm == 0, 1.0, norm)[..., None]
+    frobenius = torch.linalg.vector_norm(scaled, dim=-1)
+    square = scaled.square() * (size / torch.where(norm == 0, 1.0, frobenius).square())[..., None]
+    error = torch.linalg.vector_norm(square - 1, dim=-1) / size**0.5
+    return Spectra(size, norm, frobenius * norm, error, values)
+
+
+def estimate_spectra(
+    matrices: Tensor, vectors: Tensor | None = None, *, iterations: int = 16, gram: bool = True
+) -> tuple[Spectra, Tensor]:
+    """What is cheap: no singular values, and the spectral norm by power iteration.
+
+    Args:
+        matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
+        vectors: (..., r), what an earlier call returned, for a warm start.
+        iterations: of the power iteration.
+        gram: whether to form the Gram matrices, which the orthogonality error and the participation ratio need.
+
+    Returns:
+        Spectra of batch shape (...), and the vectors for the next call.
+
+    Raises:
+        TypeError: for what is no floating-point matrix.
+        ValueError: for vectors of another shape, or less than one iteration.
+    """
+    check_matrices("estimate_spectra", matrices)
+    scaled = _Scaled(matrices)
+    frobenius = torch.linalg.vector_norm(scaled.matrices.flatten(1), dim=1)
+    error = None
+    product = None
+    if gram:
+        with exact_products():
+            product = scaled.tall.mT @ scaled.tall
+    norm, vectors = _iterate(scaled.tall, product, scaled.start(vectors), iterations)
+    if product is not None:
+        product.mul_((scaled.size / torch.where(frobenius == 0, 1.0, frobenius).square())[:, None, None])
+        product.diagonal(dim1=-2, dim2=-1).sub_(1)
+        error = scaled.answer(torch.linalg.vector_norm(product.flatten(1), dim=1) / scaled.size**0.5)
+    spectra = Spectra(scaled.size, scaled.answer(norm, True), scaled.answer(frobenius, True), error)
+    return spectra, vectors.reshape((*scaled.batch, scaled.size))
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """All singular values, descending: (..., m, n) -> (..., min(m, n)).
+
+    Raises:
+        TypeError: for what is no floating-point matrix.
+    """
+    check_matrices("singular_values", matrices)
+    scaled = _Scaled(matrices)
+    return scaled.answer(_decompose(scaled.tall), True)
+
+
+def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations: int = 16) -> tuple[Tensor, Tensor]:
+    """The spectral norm by power iteration with X^T X, from below.
+
+    Without ``vectors`` it begins with a fixed vector, which takes no random numbers. With them it goes on from where
+    an earlier call ended, on matrices that may have changed a little; a tenth of the fixed vector is mixed in, so that
+    a direction that has overtaken the leading one is found. Few iterations a call will then do.
+
+    Args:
+        matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
+        vectors: (..., r) with r = min(m, n), what an earlier call returned.
+        iterations: products with X^T X.
+
+    Returns:
+        Norms (...) and vectors (..., r): right singular vectors of tall matrices, left ones of wide ones.
+
+    Raises:
+        TypeError: for what is no floating-point matrix.
+        ValueError: for vectors of another shape, or less than one iteration.
+    """
+    check_matrices("power_iteration", matrices)
+    spectra, vectors = estimate_spectra(matrices, vectors, iterations=iterations, gram=False)
+    return spectra.spectral_norm, vectors
+
+
+def spectral_norm(matrices: Tensor) -> Tensor:
+    """Largest singular value s_1, exact: (..., m, n) -> (...)."""
+    return singular_values(matrices)[..., 0]
+
+
+def stable_rank(matrices: Tensor) -> Tensor:
+    """||X||_F^2 / s_1^2: (..., m, n) -> (...), in [1, r]; 0 for zero.
+
+    How many directions are about as large as the leading one.
+    """
+    return exact_spectra(matrices).stable_rank
+
+
+def participation_ratio(matrices: Tensor) -> Tensor:
+    """(sum s_i^2)^2 / sum s_i^4: (..., m, n) -> (...), in [1, r]; 0 for zero.
+
+    How many directions share the energy s_i^2; equals (tr G)^2 / ||G||_F^2 for the Gram matrix G.
+    """
+    return estimate_spectra(matrices, iterations=1)[0].participation_ratio
+
+
+def effective_rank(matrices: Tensor) -> Tensor:
+    """exp(-sum p_i ln p_i) with p_i = s_i / sum s: (..., m, n) -> (...), in [1, r]; 0 for zero.
+
+    The entropy rank of Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
+    return exact_spectra(matrices).effective_rank
+
+
+def orthogonality_error(matrices: Tensor) -> Tensor:
+    """||G / q^2 - I||_F / sqrt(r): (..., m, n) -> (...), in [0, sqrt(r - 1)]; 1 for zero.
+
+    G is the r x r Gram matrix of rows or columns, whichever are fewer, and q^2 = ||X||_F^2 / r the mean of the s_i^2,
+    so that the scale of X does not matter. 0 if and only if all singular values are equal.
+    """
+    error = estimate_spectra(matrices, iterations=1)[0].orthogonality_error
+    assert error is not None
+    return error
+
+
+def condition_number(matrices: Tensor, quantile: float = 0.0) -> Tensor:
+    """s_1 over a quantile of the singular values: (..., m, n) -> (...), 1 or more; infinity if that is 0.
+
+    Args:
+        matrices: (..., m, n), floating point.
+        quantile: 0 for the smallest singular value; 0.1 for the one that a tenth lies below, interpolated linearly.
+
+    Raises:
+        ValueError: for a quantile outside [0, 1).
+    """
+    return exact_spectra(matrices).condition_number(quantile)
+
+
+class _Scaled:
+    """Matrices (B, m, n) in float32 at least, divided by their largest entry; zero where they are not finite."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.batch = matrices.shape[:-2]
+        self.size = min(matrices.shape[-2:])
+        if self.size == 0:
+            raise ValueError(f"Matrices without entries have no singular values, got shape {tuple(matrices.shape)}.")
+        wide = matrices.detach().to(torch.promote_types(matrices.dtype, torch.float32))
+        wide = wide.reshape(self.batch.numel(), *matrices.shape[-2:])
+        largest = largest_magnitude(wide.flatten(1), 1).squeeze(1)
+        self._finite = largest.isfinite()
+        self._scale = torch.where(self._finite & (largest > 0), largest, 1.0)
+        self.matrices = wide / self._scale[:, None, None]
+        if not bool(self._finite.all()):
+            self.matrices = torch.where(self._finite[:, None, None], self.matrices, 0.0)
+
+    @property
+    def tall(self) -> Tensor:
+        """(B, m, n) or its transpose, with the r columns that Gram matrices and power iteration are about."""
+        m, n = self.matrices.shape[-2:]
+        return self.matrices if m >= n else self.matrices.mT
+
+    def start(self, vectors: Tensor | None) -> Tensor:
+        """Unit vectors (B, r) to begin with."""
+        like = self.matrices
+        # A generator of its own leaves the global random state alone.
+        fixed: Tensor = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+        fixed = (fixed / torch.linalg.vector_norm(fixed)).expand(like.shape[0], -1)
+        if vectors is None:
+            return fixed
+        if vectors.shape != (*self.batch, self.size):
+            raise ValueError(
+                f"vectors must have shape {(*self.batch, self.size)}, one of length min(m, n) a matrix, got "
+                f"{tuple(vectors.shape)}."
+            )
+        return torch.add(vectors.reshape_as(fixed).to(like), fixed, alpha=_MIX)
+
+    def answer(self, values: Tensor, homogeneous: bool = False) -> Tensor:
+        """(B, ...) values in the batch's shape, scaled back if they are homogeneous; NaN where X is not finite."""
+        shape = (-1, *(1,) * (values.ndim - 1))
+        if homogeneous:
+            values = values * self._scale.reshape(shape)
+        values = torch.where(self._finite.reshape(shape), values, torch.nan)
+        return values.reshape((*self.batch, *values.shape[1:]))
+
+
+def _iterate(tall: Tensor, gram: Tensor | None, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Norms (B,) and unit vectors (B, r) after so many products with the Gram matrix, formed or not."""
+    if iterations < 1:
+        raise ValueError(f"iterations must be 1 or more, got {iterations}.")
+    vectors = (start / torch.linalg.vector_norm(start, dim=1, keepdim=True))[..., None]
+    with exact_products():
+        for _ in range(iterations):
+            product = tall.mT @ (tall @ vectors) if gram is None else gram @ vectors
+            length = torch.linalg.vector_norm(product, dim=1, keepdim=True)
+            vectors = torch.where(length > 0, product / length, vectors)
+        norm = torch.linalg.vector_norm(tall @ vectors, dim=1)
+    return norm.squeeze(-1), vectors.squeeze(-1)
+
+
+def _decompose(tall: Tensor) -> Tensor:
+    """Singular values (B, r) of finite matrices (B, l, r); NaN where no algorithm converges."""
+    try:
+        if tall.dtype == torch.float64:
+            values: Tensor = torch.linalg.svdvals(tall)
+            return values
+        # Exact to 1e-8 of the largest, where a decomposition in float32 is to 1e-7, and in less time.
+        wide = tall.double()
+        squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # rare, and no reason to end a run
+        return tall.new_full(tall[:, 0].shape, torch.nan)
+    return squares.clamp_(min=0).sqrt_().flip(-1).to(tall.dtype)

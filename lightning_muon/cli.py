@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
+from lightning_muon import spectra
 from lightning_muon.callbacks import PartitionSummary
-from lightning_muon.mixin import MatrixOptimizerCallable, MuonMixin, configure_hybrid_optimizer
+from lightning_muon.mixin import MatrixOptimizerCallable, MuonMixin, add_matrix_layouts, configure_hybrid_optimizer
 from lightning_muon.partition import ParameterRule
 from lightning_muon.schedules import Schedule
 
@@ -23,13 +24,20 @@ from lightning_muon.schedules import Schedule
 def main(args: ArgsType = None) -> None:
     """The console script ``lightning-muon``: :class:`MuonCLI` for installed modules and those in the current directory.
 
+    Its subcommand ``spectra`` shows what the singular values in checkpoints say, and needs no model.
+
     Example::
 
         lightning-muon fit --model my.Module --data my.Data --matrix_optimizer Muon --matrix_optimizer.lr 1e-3
+        lightning-muon spectra first.ckpt last.ckpt
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    MuonCLI(args=args)
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["spectra"]:
+        spectra.main(words[1:])
+    else:
+        MuonCLI(args=args, parser_kwargs={"epilog": _EPILOG})
 
 
 class PartitionTrainer(Trainer):
@@ -153,6 +161,11 @@ class MuonCLI(LightningCLI):
                 vars(self.model).get("_hparams_initial", {}).pop(name, None)
 
 
+_EPILOG = (
+    "One more subcommand, `lightning-muon spectra CHECKPOINT...`, shows spectral norms, ranks and condition numbers of "
+    "the matrices in checkpoints; its options: `lightning-muon spectra --help`."
+)
+
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "matrix_optimizer": (MatrixOptimizerCallable | None, "Optimizer of the hidden matrices; Muon unless given."),
     "other_optimizer": (OptimizerCallable | None, "Optimizer of all other parameters; AdamW unless given."),
@@ -165,8 +178,13 @@ def _train_with_muon(model: LightningModule, settings: dict[str, Any]) -> None:
     def configure_optimizers(module: LightningModule) -> OptimizerLRScheduler:
         return configure_hybrid_optimizer(module, **settings)
 
+    def on_save_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        type(module).on_save_checkpoint(module, checkpoint)
+        add_matrix_layouts(checkpoint, module, settings.get("parameter_rules", ()))
+
     if is_overridden("configure_optimizers", model):
         rank_zero_warn(
             f"{type(model).__name__}.configure_optimizers is replaced by MuonCLI. A plain LightningCLI would run it."
         )
     model.configure_optimizers = MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+    model.on_save_checkpoint = MethodType(on_save_checkpoint, model)  # type: ignore[method-assign]

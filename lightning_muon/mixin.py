@@ -15,6 +15,7 @@ from lightning_muon.callbacks.optimizer_modes import OptimizerModes
 from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
 from lightning_muon.optim.foreign import differentiates_gradients, has_modes
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
+from lightning_muon.partition.roles import LAYOUTS_KEY
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class MuonMixin(_ModuleMethods):
             )
         return super().configure_callbacks()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds how the matrices are read, under ``"matrix_layouts"``, for ``lightning-muon spectra``."""
+        super().on_save_checkpoint(checkpoint)
+        add_matrix_layouts(checkpoint, self, self.parameter_rules)
+
     def save_hyperparameters(
         self,
         *args: Any,
@@ -179,6 +185,16 @@ def configure_hybrid_optimizer(
         )
     scheduler = schedule.scheduler(optimizer, trainer.estimated_stepping_batches)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+def add_matrix_layouts(
+    checkpoint: dict[str, Any], module: LightningModule, parameter_rules: Sequence[ParameterRule] = ()
+) -> None:
+    """Write into a checkpoint how the matrices of a module are read (:meth:`Partition.layouts`)."""
+    try:
+        checkpoint[LAYOUTS_KEY] = partition_parameters(module, parameter_rules).layouts()
+    except (TypeError, ValueError) as error:  # no reason to lose a checkpoint
+        rank_zero_warn(f"The checkpoint does not say how matrices are read: {error}")
 
 
 def _is_lightning_module(cls: type) -> bool:

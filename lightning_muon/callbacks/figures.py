@@ -126,6 +126,46 @@ def spectra_plot(snapshots: Mapping[str, Mapping[str, Tensor]], title: str) -> F
     return figure
 
 
+def course_plot(runs: Mapping[str, Mapping[str, History]], title: str) -> Figure:
+    """Quantities over the steps of several runs: a panel a quantity, a line a run, its mean over the matrices.
+
+    The band around a line reaches from the smallest to the largest matrix. Values that are not finite are left out.
+
+    Args:
+        runs: a label -> the quantity -> its history.
+        title: above the figure.
+
+    Raises:
+        ValueError: there is no history in the runs.
+    """
+    from matplotlib import colormaps
+
+    keys = list(dict.fromkeys(key for histories in runs.values() for key in histories))
+    if not keys:
+        raise ValueError(f"The runs {list(runs)} hold no histories to draw")
+    columns = min(len(keys), 3)
+    rows = math.ceil(len(keys) / columns)
+    figure = _figure(3.4 * columns + 1.2, 2.4 * rows + 1.0)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for panel, key in zip(panels, keys, strict=False):
+        for index, (label, histories) in enumerate(runs.items()):
+            colour = colormaps[_COLOURS](0.1 + 0.65 * index / max(len(runs) - 1, 1))
+            steps, means, lows, highs = _course(histories.get(key, History()))
+            panel.plot(steps, means, label=label, color=colour, marker="o" if len(steps) <= 2 else None)
+            panel.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        panel.set_title(key, fontsize=8, family="monospace")
+        panel.set_xlabel("optimizer step", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    panels[0].set_ylabel("mean; band: all matrices", fontsize=9)
+    figure.legend(handles=panels[0].get_lines(), loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
 def publish(figures: Mapping[str, Figure], loggers: Sequence[Logger], step: int) -> bool:
     """Show figures in every logger that can: TensorBoard's and Weights & Biases', of both Lightning namespaces.
 
@@ -221,6 +261,17 @@ def _number_columns(axes: Axes, steps: Sequence[int]) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("optimizer step", fontsize=9)
+
+
+def _course(history: History) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Steps, and the mean, smallest and largest of the finite values at each."""
+    rows = []
+    for step, values in zip(history.steps, history.array(), strict=True):
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            rows.append((step, math.fsum(finite) / len(finite), min(finite), max(finite)))
+    steps, means, lows, highs = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
+    return steps, means, lows, highs
 
 
 def _evenly(names: Sequence[str], count: int) -> list[str]:

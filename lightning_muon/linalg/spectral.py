@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +122,7 @@ def estimate_spectra(
     error = None
     product = None
     if gram:
-        with exact_products():
+        with _float_products(scaled.tall):
             product = scaled.tall.mT @ scaled.tall
     norm, vectors = _iterate(scaled.tall, product, scaled.start(vectors), iterations)
     if product is not None:
@@ -246,7 +248,8 @@ class _Scaled:
         """Unit vectors (B, r) to begin with."""
         like = self.matrices
         # A generator of its own leaves the global random state alone.
-        fixed: Tensor = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+        generator = torch.Generator("cpu").manual_seed(0)
+        fixed: Tensor = torch.randn(self.size, generator=generator, dtype=torch.float32, device="cpu").to(like)
         fixed = (fixed / torch.linalg.vector_norm(fixed)).expand(like.shape[0], -1)
         if vectors is None:
             return fixed
@@ -271,7 +274,7 @@ def _iterate(tall: Tensor, gram: Tensor | None, start: Tensor, iterations: int) 
     if iterations < 1:
         raise ValueError(f"iterations must be 1 or more, got {iterations}.")
     vectors = (start / torch.linalg.vector_norm(start, dim=1, keepdim=True))[..., None]
-    with exact_products():
+    with _float_products(tall):
         for _ in range(iterations):
             product = tall.mT @ (tall @ vectors) if gram is None else gram @ vectors
             length = torch.linalg.vector_norm(product, dim=1, keepdim=True)
@@ -283,12 +286,20 @@ def _iterate(tall: Tensor, gram: Tensor | None, start: Tensor, iterations: int) 
 def _decompose(tall: Tensor) -> Tensor:
     """Singular values (B, r) of finite matrices (B, l, r); NaN where no algorithm converges."""
     try:
-        if tall.dtype == torch.float64:
+        if tall.dtype == torch.float64 or tall.device.type == "mps":  # which has no float64
             values: Tensor = torch.linalg.svdvals(tall)
             return values
         # Exact to 1e-8 of the largest, where a decomposition in float32 is to 1e-7, and in less time.
         wide = tall.double()
-        squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)
+        with _float_products(wide):
+            squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # rare, and no reason to end a run
         return tall.new_full(tall[:, 0].shape, torch.nan)
     return squares.clamp_(min=0).sqrt_().flip(-1).to(tall.dtype)
+
+
+@contextmanager
+def _float_products(matrices: Tensor) -> Iterator[None]:
+    """Multiply in the dtype of the matrices meanwhile, whatever the user allows and under autocast too."""
+    with exact_products(), torch.autocast(matrices.device.type, enabled=False):
+        yield

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["hidden", "embedding", "head", "input", "router", "vector", "other"]
 Group: TypeAlias = Literal["matrix", "other"]
 
+LAYOUTS_KEY = "matrix_layouts"
+"""Where a checkpoint keeps :meth:`Partition.layouts`."""
+
 
 class MatrixView(NamedTuple):
     """A strided view of a parameter-shaped tensor whose dimensions are (batch..., rows..., columns...).
@@ -231,8 +234,22 @@ class Partition:
                 param_group.setdefault("layouts", []).append(entry.layout)
         return list(groups.values())
 
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """How the group ``"matrix"`` is read, as plain data for a checkpoint.
+
+        Returns:
+            Name -> what differs from the defaults of :class:`MatrixLayout`, of which ``MatrixLayout(**fields)`` makes
+            the layout again.
+        """
+        return {entry.name: _changed_fields(entry.layout) for entry in self if entry.group == "matrix" and entry.layout}
+
     def table(self) -> Table:
         """A Rich table of counts and reasons, one row a pattern of names (``blocks.*.q_proj.weight x12``)."""
         from lightning_muon.partition.table import partition_table
 
         return partition_table(self)
+
+
+def _changed_fields(layout: MatrixLayout) -> dict[str, Any]:
+    changed = {key: value for key, value in vars(layout).items() if value != getattr(MatrixLayout(), key)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}

@@ -11,7 +11,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
-_WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What wrappers call the one module that they hold."""
+
 _WRAPPER_TYPES = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 _FABRIC_NAMES = {"_forward_module", "_original_module"}
 _ADAPTER_NAMES = {"base_layer", "original_module", "modules_to_save"}
@@ -77,7 +79,7 @@ def _visit(module: nn.Module, path: tuple[str, ...], parents: tuple[nn.Module, .
 
 def _is_wrapper(module: nn.Module, child_name: str) -> bool:
     """Whether the module only wraps this child, so that the user never wrote the child's name."""
-    if child_name in _WRAPPER_NAMES:
+    if child_name in WRAPPER_NAMES:
         return True
     if child_name == "module":
         return isinstance(module, _WRAPPER_TYPES)

@@ -1,6 +1,6 @@
 # make fit    train SASRec with Muon on synthetic sequences (installs everything into .venv first)
 # make test   lint, type-check, import contracts, tests
-# make bench  optimizer step times, ours against torch.optim, interleaved
+# make bench  optimizer step times, ours against torch.optim, interleaved; what the monitors cost
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +26,7 @@ unit: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.optimizer_step
+	$(BIN)/python -m tests.benchmarks.monitors
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -73,15 +73,14 @@ class EffectiveRankMonitor(SpectralMonitor):
         """Keeps the singular values of the first and of the last step at which they were computed."""
         if not self.due_spectrum(step):
             return
-        watched = self.watched_names()
         for kind in _KINDS:
-            values = {
+            found = {
                 name: row
-                for found in measurements
-                if found.kind == kind and found.spectra.singular_values is not None
-                for name, row in zip(found.names, found.spectra.singular_values.unbind(), strict=True)
-                if name in watched
+                for measurement in measurements
+                if measurement.kind == kind and measurement.spectra.singular_values is not None
+                for name, row in zip(measurement.names, measurement.spectra.singular_values.unbind(), strict=True)
             }
+            values = {name: found[name] for name in self.watched_matrices() if name in found}
             if values:
                 snapshot = {"step": step, "values": values}
                 self.spectra.setdefault(kind, {"first": snapshot})["last"] = snapshot

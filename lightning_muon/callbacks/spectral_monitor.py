@@ -257,9 +257,10 @@ class SpectralMonitor(Callback):
         """Under which a quantity of this instance is logged."""
         return f"{self.prefix}{name}{self._suffix}"
 
-    def watched_names(self) -> set[str]:
-        """Names of the matrices that are watched now; frozen ones are not."""
-        return {name for watched in self._watched if watched.parameter.requires_grad for name in watched.shapes}
+    def watched_matrices(self) -> dict[str, tuple[int, int]]:
+        """(m, n) of the matrices that are watched now, in the module's order; frozen ones are not."""
+        trained = [watched for watched in self._watched if watched.parameter.requires_grad]
+        return {name: shape for watched in trained for name, shape in watched.shapes.items()}
 
     def due_spectrum(self, step: int) -> bool:
         """Whether exact spectra are computed after this step."""
@@ -273,39 +274,31 @@ class SpectralMonitor(Callback):
         for quantity in self.quantities:
             if quantity.depth < Depth.SPECTRUM or self.due_spectrum(step):
                 depths[quantity.kind] = max(quantity.depth, depths.get(quantity.kind, Depth.NORM))
-        sizes = {
-            name: min(shape)
-            for watched in self._watched
-            if watched.parameter.requires_grad
-            for name, shape in watched.shapes.items()
-        }
-        small = [name for name, size in sizes.items() if size <= self.max_spectrum_size]
+        matrices = self.watched_matrices()
+        small = [name for name, shape in matrices.items() if min(shape) <= self.max_spectrum_size]
         count = min(len(small), self.max_spectra)
         decomposed = {small[index * len(small) // count] for index in range(count)}
         return {
             (kind, name): min(depth, Depth.SPECTRUM if name in decomposed else Depth.GRAM)
             for kind, depth in depths.items()
-            for name in sizes
+            for name in matrices
         }
 
     def _values(self, quantity: Quantity, measurements: Iterable[Measurement], step: int) -> dict[str, float]:
         """The quantity of the matrices that this monitor watches, as far as this step is on its clock."""
         if quantity.depth is Depth.SPECTRUM and not self.due_spectrum(step):
             return {}
-        mine = self.watched_names()
-        values: dict[str, float] = {}
-        for found in measurements:
-            if found.kind == quantity.kind and found.depth >= quantity.depth:
-                measured = quantity.measure(found.spectra, found.shape).tolist()
-                moved = (found.spectra.frobenius_norm != 0).tolist()
-                values.update(
-                    {
-                        name: value
-                        for name, value, counts in zip(found.names, measured, moved, strict=True)
-                        if name in mine and (counts or found.kind == "weight")
-                    }
+        found: dict[str, float] = {}
+        for measurement in measurements:
+            if measurement.kind == quantity.kind and measurement.depth >= quantity.depth:
+                values = quantity.measure(measurement.spectra, measurement.shape).tolist()
+                zero = (measurement.spectra.frobenius_norm == 0).tolist()
+                found.update(
+                    (name, value)
+                    for name, value, nothing in zip(measurement.names, values, zero, strict=True)
+                    if quantity.kind == "weight" or not nothing
                 )
-        return {name: values[name] for watched in self._watched for name in watched.shapes if name in values}
+        return {name: found[name] for name in self.watched_matrices() if name in found}
 
     def _due(self, step: int) -> bool:
         return (step + 1) % self._interval == 0

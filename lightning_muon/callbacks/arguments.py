@@ -8,9 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless ``value`` is None or an integer of ``least`` or more."""
-    if value is None:
-        return
+    """Raise unless ``value`` is an integer of ``least`` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise MisconfigurationException(f"{name} must be an integer of {least} or more, got {value!r}.")
 
@@ -19,7 +17,7 @@ def check_globs(name: str, value: Any) -> None:
     """Raise unless ``value`` is None or a list of strings."""
     if value is None:
         return
-    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value) or not value:
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(glob, str) for glob in value):
         raise MisconfigurationException(
             f"{name} must be a list of globs on parameter names, such as ['*.attention.*'], or None, got {value!r}."
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -54,9 +55,12 @@ class EffectiveRankMonitor(SpectralMonitor):
     def __init__(self, every_n_steps: int | None = None, normalize: bool = False, **kwargs: Any) -> None:
         super().__init__(every_n_steps, **kwargs)
         self.normalize = normalize
-        self.quantities = [_rank(*measure, kind, normalize) for kind in _KINDS for measure in _MEASURES]
+        self.quantities = [_quantity(name, kind, normalize) for kind in _KINDS for name in _DEPTHS]
         self.spectra: dict[str, dict[str, Any]] = {}
         """Singular values by matrix at the first and the last step at which they were computed, by kind."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "normalize": self.normalize}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "spectra": self.spectra}
@@ -96,24 +100,22 @@ class EffectiveRankMonitor(SpectralMonitor):
 
 _KINDS: tuple[Kind, ...] = ("weight", "update")
 
-_MEASURES: tuple[tuple[str, Depth, Callable[[Spectra], Tensor]], ...] = (
-    ("stable_rank", Depth.GRAM, lambda spectra: spectra.stable_rank),
-    ("participation_ratio", Depth.GRAM, lambda spectra: spectra.participation_ratio),
-    ("effective_rank", Depth.SPECTRUM, lambda spectra: spectra.effective_rank),
-)
+_DEPTHS = {"stable_rank": Depth.GRAM, "participation_ratio": Depth.GRAM, "effective_rank": Depth.SPECTRUM}
 
 
-def _rank(name: str, depth: Depth, measure: Callable[[Spectra], Tensor], kind: Kind, normalize: bool) -> Quantity:
-    def rank(spectra: Spectra, shape: tuple[int, int]) -> Tensor:
-        return measure(spectra) / spectra.size if normalize else measure(spectra)
-
+def _quantity(name: str, kind: Kind, normalize: bool) -> Quantity:
     label = name.replace("_", " ")
     return Quantity(
         name if kind == "weight" else f"update_{name}",
         kind,
-        depth,
-        rank,
+        _DEPTHS[name],
+        partial(_rank, name=name, normalize=normalize),
         "min",
         "halved",
         f"{label} / r" if normalize else label,
     )
+
+
+def _rank(spectra: Spectra, shape: tuple[int, int], name: str, normalize: bool) -> Tensor:
+    rank: Tensor = getattr(spectra, name)
+    return rank / spectra.size if normalize else rank

@@ -161,7 +161,7 @@ def course_plot(runs: Mapping[str, Mapping[str, History]], title: str) -> Figure
     for panel in panels[len(keys) :]:
         panel.set_visible(False)
     panels[0].set_ylabel("mean; band: all matrices", fontsize=9)
-    figure.legend(handles=panels[0].get_lines(), loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(handles=panels[0].get_lines(), loc="outside lower left", fontsize=8, frameon=False, ncols=columns)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -149,7 +149,7 @@ class MatrixProbe:
             spectra = exact_spectra(matrices)
         else:
             keys = [f"{kind}/{name}" for name in stack.names]
-            known = [self.vectors[key] for key in keys if key in self.vectors]
+            known = [v for key in keys if (v := self.vectors.get(key)) is not None and len(v) == min(m, n)]
             warm = torch.stack(known).to(matrices.device) if len(known) == len(keys) else None
             iterations = COLD_ITERATIONS if warm is None else WARM_ITERATIONS
             spectra, vectors = estimate_spectra(matrices, warm, iterations=iterations, gram=depth is Depth.GRAM)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich import get_console
@@ -43,13 +44,13 @@ class SpectralMonitor(Callback):
     Watched are the matrices that the partition finds, whatever the optimizer: fused projections, experts and gates
     block by block, as ``<parameter>.0``, ``<parameter>.1``, ...; frozen parameters are left out until they are thawed.
 
-    Logged by ``log_dict``: ``<quantity>/mean`` and, of all matrices, the one that is worst off, ``<quantity>/max`` or
-    ``/min``; on request ``<quantity>/<matrix>``. At the end of an epoch a table shows what moved, and warns. At the
-    end of the fit TensorBoard and W&B get figures; without them PNG and CSV files go to ``<trainer.log_dir>/spectral``.
+    Loggers and ``trainer.callback_metrics`` get ``<quantity>/mean`` and, of all matrices, the one that is worst off,
+    ``<quantity>/max`` or ``/min``; on request ``<quantity>/<matrix>``. At the end of an epoch a table shows what moved,
+    and warns. At the end of the fit TensorBoard and W&B get figures; without them PNG and CSV files go to
+    ``<trainer.log_dir>/spectral``.
 
     Args:
-        every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``, of which it has to be a
-            multiple where there are loggers.
+        every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
         spectrum_every_n_steps: how often to compute all singular values; None for 10 times ``every_n_steps``, of which
             it has to be a multiple, and 0 for never.
         include: globs on parameter names, in place of the matrices of the partition: ``["*"]`` for all that can be read
@@ -58,7 +59,8 @@ class SpectralMonitor(Callback):
         per_parameter: log each matrix, not only aggregates.
         print_table: print a table at the end of an epoch.
         plot: make figures at the end of the fit; takes matplotlib.
-        parameter_rules: rules of the partition for a module without :class:`lightning_muon.MuonMixin`.
+        parameter_rules: rules of the partition, where neither a :class:`lightning_muon.HybridOptimizer` brings one nor
+            the module has rules of its own.
         max_spectrum_size: matrices with more rows and columns than this are not decomposed.
         max_spectra: how many matrices are decomposed at most, evenly chosen.
         prefix: goes before each key. Later instances of a class with the same prefix get ``-1``, ``-2``, ... behind the
@@ -88,8 +90,10 @@ class SpectralMonitor(Callback):
         max_spectra: int = 64,
         prefix: str = "",
     ) -> None:
-        check_count("every_n_steps", every_n_steps, 1)
-        check_count("spectrum_every_n_steps", spectrum_every_n_steps, 0)
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps, 1)
+        if spectrum_every_n_steps is not None:
+            check_count("spectrum_every_n_steps", spectrum_every_n_steps, 0)
         check_count("max_spectrum_size", max_spectrum_size, 1)
         check_count("max_spectra", max_spectra, 1)
         check_globs("include", include)
@@ -120,14 +124,17 @@ class SpectralMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Tells instances with different settings apart in a checkpoint."""
-        return self._generate_state_key(
-            every_n_steps=self.every_n_steps,
-            spectrum_every_n_steps=self.spectrum_every_n_steps,
-            include=self.include,
-            exclude=self.exclude,
-            prefix=self.prefix,
-            quantities={quantity.key: quantity.label for quantity in self.quantities},
-        )
+        return self._generate_state_key(**self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the values; extended by subclasses."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "spectrum_every_n_steps": self.spectrum_every_n_steps,
+            "include": self.include,
+            "exclude": self.exclude,
+            "prefix": self.prefix,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         self._keep_vectors()
@@ -148,14 +155,10 @@ class SpectralMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        logged_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._interval = self.every_n_steps or logged_every or DEFAULT_EVERY_N_STEPS
+        self._interval = self.every_n_steps or trainer.log_every_n_steps or DEFAULT_EVERY_N_STEPS  # type: ignore[attr-defined]
         spectrum = self.spectrum_every_n_steps
         self._spectrum_interval = SPECTRUM_FACTOR * self._interval if spectrum is None else spectrum
         check_multiple("spectrum_every_n_steps", self._spectrum_interval, "every_n_steps", self._interval)
-        if trainer.loggers and logged_every:
-            mend = f" Otherwise loggers would miss values: set Trainer(log_every_n_steps={self._interval})."
-            check_multiple("every_n_steps", self._interval, "log_every_n_steps of the Trainer", logged_every, mend)
         monitors = _monitors(trainer)
         twins = [m for m in monitors if type(m) is type(self) and m.prefix == self.prefix]
         self._suffix = f"-{twins.index(self)}" if twins.index(self) else ""
@@ -204,7 +207,10 @@ class SpectralMonitor(Callback):
                 if self.per_parameter:
                     logged.update({f"{key}/{name}": value for name, value in values.items()})
         self.remember(step, measurements)
-        pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=1)
+        # Not by log_dict: it repeats a value at every later step of the epoch that is logged.
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=step)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in logged.items()})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         monitors = _monitors(trainer)
@@ -305,7 +311,8 @@ class SpectralMonitor(Callback):
 
     def _share_probe(self, monitors: Sequence[SpectralMonitor]) -> None:
         """One probe for all monitors, which watches what any of them does; made by the last one."""
-        union = {watched.parameter: watched for monitor in monitors for watched in monitor._watched}
+        # Rules of one monitor may read a parameter otherwise than those of another.
+        union = {(w.parameter, tuple(w.shapes)): w for monitor in monitors for w in monitor._watched}
         probe = MatrixProbe(list(union.values()), [monitor.demand for monitor in monitors])
         for monitor in monitors:
             probe.vectors.update(monitor._vectors)
@@ -324,8 +331,9 @@ class SpectralMonitor(Callback):
 
     def _keep_vectors(self) -> None:
         if self._probe is not None:
-            kinds = tuple(f"{quantity.kind}/" for quantity in self.quantities)
-            self._vectors = {key: v.cpu() for key, v in self._probe.vectors.items() if key.startswith(kinds)}
+            kinds = dict.fromkeys(quantity.kind for quantity in self.quantities)
+            keys = [f"{kind}/{name}" for kind in kinds for watched in self._watched for name in watched.shapes]
+            self._vectors = {key: self._probe.vectors[key].cpu() for key in keys if key in self._probe.vectors}
 
     def _finish(self, trainer: Trainer) -> None:
         if self._probe is None:
@@ -333,7 +341,11 @@ class SpectralMonitor(Callback):
         self._probe.close()
         self._keep_vectors()
         self._probe = None
-        self._publish(trainer)
+        self._watched = []
+        try:
+            self._publish(trainer)
+        except OSError as error:  # no reason to fail, or to hide why the fit did
+            rank_zero_warn(f"{type(self).__name__} could not write what it measured: {error}")
 
     @rank_zero_only
     def _publish(self, trainer: Trainer) -> None:

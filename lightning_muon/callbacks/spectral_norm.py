@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from torch import Tensor
 
 from lightning_muon.callbacks.probe import Depth
 from lightning_muon.callbacks.quantity import Quantity
 from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.linalg import Spectra
 from lightning_muon.partition import ParameterRule
 
 
@@ -64,16 +68,18 @@ class SpectralNormMonitor(SpectralMonitor):
             prefix=prefix,
         )
         self.rms = rms
-        norm = Quantity(
-            "spectral_norm", "weight", Depth.NORM, lambda s, _: s.spectral_norm, "max", "doubled", "spectral norm"
-        )
-        scaled = Quantity(
-            "rms_operator_norm",
-            "weight",
-            Depth.NORM,
-            lambda s, shape: s.spectral_norm * math.sqrt(shape[1] / shape[0]),
-            "max",
-            "doubled",
-            "RMS operator norm",
-        )
+        norm = Quantity("spectral_norm", "weight", Depth.NORM, _norm, "max", "doubled", "spectral norm")
+        scaled = Quantity("rms_operator_norm", "weight", Depth.NORM, _rms_norm, "max", "doubled", "RMS operator norm")
         self.quantities = [norm, scaled] if rms else [norm]
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "rms": self.rms}
+
+
+def _norm(spectra: Spectra, shape: tuple[int, int]) -> Tensor:
+    return spectra.spectral_norm
+
+
+def _rms_norm(spectra: Spectra, shape: tuple[int, int]) -> Tensor:
+    m, n = shape
+    return spectra.spectral_norm * math.sqrt(n / m)

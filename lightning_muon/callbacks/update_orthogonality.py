@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -71,14 +72,21 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
                 "update_condition_number",
                 "update",
                 Depth.SPECTRUM,
-                lambda s, _: s.condition_number(quantile),
+                partial(_condition_number, quantile=quantile),
                 "max",
                 None,
                 f"largest singular value / {quantile:g}-quantile",
             ),
         ]
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "quantile": self.quantile}
+
 
 def _orthogonality_error(spectra: Spectra, shape: tuple[int, int]) -> Tensor:
     assert spectra.orthogonality_error is not None
     return spectra.orthogonality_error
+
+
+def _condition_number(spectra: Spectra, shape: tuple[int, int], quantile: float) -> Tensor:
+    return spectra.condition_number(quantile)

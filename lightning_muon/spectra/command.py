@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from lightning_muon.callbacks.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
 from lightning_muon.callbacks.history import History
 from lightning_muon.callbacks.matrices import select
+from lightning_muon.partition.rules import near_names
 from lightning_muon.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
 from lightning_muon.spectra.measure import QUANTITIES, Measured, measure, read_matrices
 from lightning_muon.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
@@ -43,7 +45,15 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(args)
     try:
-        show_spectra(given.checkpoints, given.include, given.exclude, given.model, given.output, given.max_size)
+        show_spectra(
+            given.checkpoints,
+            given.include,
+            given.exclude,
+            given.model,
+            given.output,
+            given.max_size,
+            given.quantities,
+        )
     except (CheckpointError, MisconfigurationException, OSError) as error:
         parser.error(str(error))
 
@@ -55,8 +65,11 @@ def show_spectra(
     model: str | None = None,
     output: Path = Path("spectra"),
     max_size: int = 4096,
+    quantities: Sequence[str] | None = None,
 ) -> None:
     """Print a table of one checkpoint, of the changes between two, or of the course of more; write CSV and figures.
+
+    Where spectral monitors took part in the runs, a figure shows what they had measured, run beside run.
 
     Args:
         paths: the checkpoints.
@@ -65,6 +78,7 @@ def show_spectra(
         model: import path of the LightningModule whose partition says what is a matrix.
         output: folder for the files.
         max_size: matrices whose smaller side is larger are left out.
+        quantities: globs on what monitors measured, such as ``"update_*"``, to draw; None for all.
 
     Raises:
         CheckpointError: if a checkpoint cannot be read, or none of its matrices can be shown.
@@ -87,7 +101,8 @@ def show_spectra(
             notes.append(f"Left out of {label}, with a smaller side above {max_size} (--max_size): {_some(large)}.")
         _check_any(checkpoint, matrices, large)
         spectra = measure({name: matrix for name, matrix in matrices.items() if name not in large})
-        measured.append(Measured(label, checkpoint.step, spectra, checkpoint.histories))
+        histories = _matching(checkpoint.histories, quantities)
+        measured.append(Measured(label, checkpoint.step, spectra, histories))
     if len(measured) > 2 and all(one.step is not None for one in measured):
         measured.sort(key=lambda one: one.step or 0)
     names = _common(measured)
@@ -115,6 +130,14 @@ def _parser() -> ArgumentParser:
     ):
         parser.add_argument(f"--{name}", nargs="+", action="extend", type=str, metavar="GLOB", help=text)
     parser.add_argument(
+        "--quantities",
+        nargs="+",
+        action="extend",
+        type=str,
+        metavar="GLOB",
+        help="What to draw of that which spectral monitors measured in the run; all unless given.",
+    )
+    parser.add_argument(
         "--model",
         type=str | None,
         default=None,
@@ -137,6 +160,15 @@ def _module_class(name: str) -> type:
     if not (isinstance(found, type) and hasattr(found, "load_from_checkpoint")):
         raise MisconfigurationException(f"The model {name!r} is no LightningModule: it has no load_from_checkpoint.")
     return found
+
+
+def _matching(histories: Mapping[str, History], globs: Sequence[str] | None) -> dict[str, History]:
+    for glob in globs or ():
+        if histories and not any(fnmatchcase(key, glob) for key in histories):
+            raise MisconfigurationException(
+                f"quantities: nothing like {glob!r} was measured. {near_names(glob, histories)}"
+            )
+    return {key: of for key, of in histories.items() if globs is None or any(fnmatchcase(key, glob) for glob in globs)}
 
 
 def _distinct(paths: Iterable[Path]) -> list[Path]:

@@ -32,7 +32,8 @@ class EffectiveRankMonitor(SpectralMonitor):
     Of the weights under these keys, of the updates under ``update_effective_rank`` and so on. r means that all
     directions are equal. Random weights start near 0.8 r (effective rank), 0.5 r (participation) and 0.25 r (stable
     rank) if square; falling slowly is learning, falling by half from one table to the next is a collapse, of which the
-    table warns. Updates of Muon have effective ranks above 0.95 r, AdamW's use a fraction. Updates are read as in
+    table warns. On SASRec updates of Muon had effective ranks of 0.93 to 0.99 r, those of AdamW 0.2 to 0.75 r. Updates
+    are read as in
     :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
 
     Keys: ``<quantity>/mean``, ``<quantity>/min``, ``<quantity>/<matrix>``.

@@ -130,6 +130,7 @@ def course_plot(runs: Mapping[str, Mapping[str, History]], title: str) -> Figure
     """Quantities over the steps of several runs: a panel a quantity, a line a run, its mean over the matrices.
 
     The band around a line reaches from the smallest to the largest matrix. Values that are not finite are left out.
+    The axis is logarithmic where all values are positive and span more than a factor of 100.
 
     Args:
         runs: a label -> the quantity -> its history.
@@ -148,11 +149,15 @@ def course_plot(runs: Mapping[str, Mapping[str, History]], title: str) -> Figure
     figure = _figure(3.4 * columns + 1.2, 2.4 * rows + 1.0)
     panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for panel, key in zip(panels, keys, strict=False):
+        low, high = math.inf, -math.inf
         for index, (label, histories) in enumerate(runs.items()):
             colour = colormaps[_COLOURS](0.1 + 0.65 * index / max(len(runs) - 1, 1))
             steps, means, lows, highs = _course(histories.get(key, History()))
+            low, high = min([low, *lows]), max([high, *highs])
             panel.plot(steps, means, label=label, color=colour, marker="o" if len(steps) <= 2 else None)
             panel.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        if _wide(low, high):
+            panel.set_yscale("log")
         panel.set_title(key, fontsize=8, family="monospace")
         panel.set_xlabel("optimizer step", fontsize=9)
         panel.tick_params(labelsize=8)
@@ -240,7 +245,12 @@ def _norm(finite: Sequence[float]) -> Any:
     if not finite:
         return Normalize(0, 1)
     low, high = min(finite), max(finite)
-    return LogNorm(low, high) if 0 < low < high / _LOG_RANGE else Normalize(low, high)
+    return LogNorm(low, high) if _wide(low, high) else Normalize(low, high)
+
+
+def _wide(low: float, high: float) -> bool:
+    """Whether values from ``low`` to ``high`` take a logarithmic scale."""
+    return 0 < low < high / _LOG_RANGE
 
 
 def _name_rows(axes: Axes, names: Sequence[str], height: float) -> None:

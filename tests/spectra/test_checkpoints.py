@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from typing import Any
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -10,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_muon import MuonMixin, ParameterRule
+from lightning_muon import MuonCLI, MuonMixin, ParameterRule
 from lightning_muon.partition import MatrixLayout
 from lightning_muon.spectra import checkpoints as checkpoints_module
-from tests.lightning_helpers import Bare, Layers, Net, fit
+from tests.lightning_helpers import QUIET, Bare, Items, Layers, Net, fit
 from tests.spectra.commands import matrices, refusal, rows, shown
 from tests.spectra.fused import Fused, FusedLayers, fused_matrices
 
@@ -260,3 +264,26 @@ def test_models_that_do_not_load(runs, tmp_path, capsys):
     assert "Missing key(s)" in mismatch
     torch.save(Layers(5, 4).state_dict(), tmp_path / "a.pt")
     assert "plain state dict" in refusal(capsys, tmp_path / "a.pt", "--model", f"{HELPERS}.Net")
+
+
+class Hooked(Bare):
+    """Without the mixin, and with something of its own to save."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["own"] = 1
+
+
+def test_checkpoints_of_modules_without_the_mixin_say_it_under_the_cli(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    rule = [{"pattern": "*.up.weight", "split": 2}]
+    cli = MuonCLI(
+        Hooked,
+        Items,
+        args=["fit", "--parameter_rules", json.dumps(rule)],
+        save_config_callback=None,
+        trainer_defaults={**QUIET, "max_steps": 1},
+    )
+    cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
+    checkpoint = torch.load(tmp_path / "cli.ckpt", weights_only=True)
+    assert checkpoint["own"] == 1
+    assert checkpoint["matrix_layouts"] == {"layers.up.weight": {"split": [8, 8]}, "layers.down.weight": {}}

@@ -21,8 +21,9 @@ Kind: TypeAlias = Literal["weight", "update"]
 MAX_STACK_ELEMENTS = 2**24
 """Matrices are decomposed together up to this many elements, which bounds temporary memory."""
 
-COLD_ITERATIONS = 32
+COLD_ITERATIONS = 16
 WARM_ITERATIONS = 4
+"""Of the power iteration; warm for weights, which move slowly. Updates turn too fast for that."""
 
 
 class Depth(IntEnum):
@@ -73,7 +74,7 @@ class MatrixProbe:
         self.parameters = parameters
         self.demands = demands
         self.vectors: dict[str, Tensor] = {}
-        """Where power iteration goes on, by ``"weight/<name>"`` and ``"update/<name>"``."""
+        """Where power iteration goes on, by name of the weight."""
         self._warned = False
         self._captures: dict[Optimizer, UpdateCapture] = {}
         self._step = -1
@@ -83,8 +84,9 @@ class MatrixProbe:
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Get ready for a step of an optimizer; the first monitor to call does it for all."""
         if step != self._step:
-            self._step, self._measured = step, []
-            self._plan = _union([demand(step) for demand in self.demands])
+            self._step, self._measured, self._plan = step, [], {}
+        # Once for each optimizer: in manual optimization the parameters of the others may be frozen meanwhile.
+        self._plan = _union([self._plan, *(demand(step) for demand in self.demands)])
         if optimizer in self._captures:
             return
         wanted = {
@@ -148,13 +150,18 @@ class MatrixProbe:
         if depth is Depth.SPECTRUM:
             spectra = exact_spectra(matrices)
         else:
-            keys = [f"{kind}/{name}" for name in stack.names]
-            known = [v for key in keys if (v := self.vectors.get(key)) is not None and len(v) == min(m, n)]
-            warm = torch.stack(known).to(matrices.device) if len(known) == len(keys) else None
+            warm = self._warm_vectors(stack.names, matrices) if kind == "weight" else None
             iterations = COLD_ITERATIONS if warm is None else WARM_ITERATIONS
             spectra, vectors = estimate_spectra(matrices, warm, iterations=iterations, gram=depth is Depth.GRAM)
-            self.vectors.update(zip(keys, vectors.unbind(), strict=True))
+            if kind == "weight":
+                self.vectors.update(zip(stack.names, vectors.unbind(), strict=True))
         return Measurement(kind, stack.names, (m, n), depth, _on_cpu(spectra))
+
+    def _warm_vectors(self, names: list[str], matrices: Tensor) -> Tensor | None:
+        """Where the last measurement of these matrices ended; None unless there was one of each, in this shape."""
+        size = min(matrices.shape[1:])
+        known = [v for name in names if (v := self.vectors.get(name)) is not None and len(v) == size]
+        return torch.stack(known).to(matrices.device) if len(known) == len(names) else None
 
 
 class _Stack:

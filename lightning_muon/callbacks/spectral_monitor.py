@@ -331,9 +331,9 @@ class SpectralMonitor(Callback):
 
     def _keep_vectors(self) -> None:
         if self._probe is not None:
-            kinds = dict.fromkeys(quantity.kind for quantity in self.quantities)
-            keys = [f"{kind}/{name}" for kind in kinds for watched in self._watched for name in watched.shapes]
-            self._vectors = {key: self._probe.vectors[key].cpu() for key in keys if key in self._probe.vectors}
+            vectors = self._probe.vectors
+            names = [name for watched in self._watched for name in watched.shapes]
+            self._vectors = {name: vectors[name].cpu() for name in names if name in vectors}
 
     def _finish(self, trainer: Trainer) -> None:
         if self._probe is None:

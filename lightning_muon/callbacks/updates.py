@@ -45,19 +45,14 @@ class UpdateCapture:
         self._before.clear()
 
     def _watch(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
-        groups = optimizer.param_groups
         observe = getattr(optimizer, "observe_updates", None)
-        if observe is not None and all("param_names" in group for group in groups):
-            named = {
-                name: parameter
-                for group in groups
-                for name, parameter in zip(group["param_names"], group["params"], strict=True)
-                if parameter in parameters
-            }
+        if observe is not None:
+            names: dict[Tensor, str] = optimizer.parameter_names()  # type: ignore[attr-defined]
+            named = {name: parameter for parameter, name in names.items() if parameter in parameters}
             if named:
                 self._handles.append(observe(partial(self._observe, named)))
             return
-        for group in groups:
+        for group in optimizer.param_groups:
             shrinkage = _decoupled_decay(optimizer, group)
             for parameter in group["params"]:
                 if parameter in parameters and parameter.grad is not None:
@@ -68,8 +63,11 @@ class UpdateCapture:
             self.updates.setdefault(named[name], update)
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.stepped:  # an optimizer that steps several times a batch: the first one counts
+            return
+        overflowed = getattr(optimizer, "found_inf", None)  # fused ones under a gradient scaler skip by themselves
+        if overflowed is not None and bool(overflowed):
             return
         self.stepped = True
         for parameter, (before, shrinkage) in self._before.items():
@@ -87,8 +85,9 @@ def _children(optimizer: Optimizer) -> Iterable[Optimizer]:
 
 def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """The part of the weights that a step takes away besides the update."""
-    weight_decay = float(group.get("weight_decay") or 0.0)
+    weight_decay, lr = group.get("weight_decay"), group.get("lr")
     by_name = any(_DECOUPLED.search(cls.__name__) for cls in type(optimizer).__mro__)
-    if not group.get("decoupled_weight_decay", group.get("weight_decouple", by_name)):
+    decoupled = group.get("decoupled_weight_decay", group.get("weight_decouple", by_name))
+    if not decoupled or not weight_decay or lr is None:  # some find their learning rate themselves
         return 0.0
-    return weight_decay * (1.0 if group.get("fixed_decay") else float(group["lr"]))
+    return float(weight_decay) * (1.0 if group.get("fixed_decay") else float(lr))

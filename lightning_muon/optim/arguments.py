@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +95,17 @@ def parameter_names(group: dict[str, Any]) -> list[str]:
     if names is not None:
         return list(names)
     return [f"{group.get('name', 'group')}[{index}]" for index in range(len(group["params"]))]
+
+
+def unique_names(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
+    """A name for each parameter of an optimizer; the group's name or number stands before those that groups share."""
+    named = [
+        (parameter, name, group.get("name", index))
+        for index, group in enumerate(groups)
+        for parameter, name in zip(group["params"], parameter_names(group), strict=True)
+    ]
+    counts = Counter(name for _, name, _ in named)
+    return {parameter: name if counts[name] == 1 else f"{group}/{name}" for parameter, name, group in named}
 
 
 def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:

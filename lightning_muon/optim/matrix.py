@@ -22,6 +22,7 @@ from lightning_muon.optim.arguments import (
     check_parameter,
     dtype_name,
     parameter_names,
+    unique_names,
 )
 from lightning_muon.optim.checkpoint import restore_exactly
 from lightning_muon.optim.gradients import check_dense, nonfinite_parameters
@@ -207,6 +208,10 @@ class MatrixOptimizer(Optimizer):
         self._observers[handle.id] = observer
         return handle
 
+    def parameter_names(self) -> dict[Tensor, str]:
+        """The name by which observers hear of each parameter; unique over all groups."""
+        return unique_names(self.param_groups)
+
     def momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         r"""Moving average :math:`M \leftarrow \mu M + (1-\mu) G`, looking ahead if the group has ``nesterov``.
 
@@ -300,7 +305,7 @@ class MatrixOptimizer(Optimizer):
                 self._stacks.append([])
                 self._signatures.append([])
             if signature != self._signatures[index]:
-                name_of = dict(zip(group["params"], parameter_names(group), strict=True))
+                name_of = self.parameter_names()
                 self._stacks[index] = build_stacks(
                     active,
                     [name_of[p] for p in active],

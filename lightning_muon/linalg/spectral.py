@@ -296,13 +296,14 @@ def _iterate(tall: Tensor, gram: Tensor | None, start: Tensor, iterations: int) 
             length = torch.linalg.vector_norm(product, dim=2, keepdim=True)
             new = length > 100 * torch.finfo(first.dtype).eps * scale  # less is rounding: nothing is left to find
             basis = torch.cat([basis, torch.where(new, product / length, 0.0)], dim=1)
-        projected = torch.cat(products, dim=1) @ basis.mT
-        mixture = torch.linalg.eigh(projected + projected.mT).eigenvectors[:, :, -1:]
-        vectors = (mixture.mT @ basis).squeeze(1)
-        length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        vectors = torch.where(length > 0, vectors / length, first)
-        norm = torch.linalg.vector_norm(tall @ vectors[..., None], dim=1)
-    return norm.squeeze(-1), vectors
+        images = torch.cat(products, dim=1)
+        projected = images @ basis.mT
+        mixture = torch.linalg.eigh(projected + projected.mT).eigenvectors[:, :, -1:].mT
+        vectors, images = (mixture @ basis).squeeze(1), (mixture @ images).squeeze(1)
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    norm = (vectors * images).sum(1).clamp_(min=0).sqrt_() / length.squeeze(1)
+    found = length > 0  # not of a matrix of zeros
+    return torch.where(found.squeeze(1), norm, 0.0), torch.where(found, vectors / length, first)
 
 
 def _decompose(tall: Tensor) -> Tensor:

@@ -236,8 +236,8 @@ def test_matrix_rules_without_the_mixin_or_a_hybrid(rule: type[Optimizer], namin
     assert_updates(records, recorder.updates, among=PAIR_MATRICES)
 
 
-def test_stable_rank_of_larger_updates_within_ten_percent() -> None:
-    """Updates turn faster than weights, so that the vectors of the step before help power iteration less."""
+def test_stable_rank_of_larger_updates_within_two_percent() -> None:
+    """Updates turn faster than weights: power iteration begins anew at each of them, and comes within 1 % of the norm."""
 
     class Layers(MuonMixin, GaussianLayers):
         pass
@@ -248,4 +248,4 @@ def test_stable_rank_of_larger_updates_within_ten_percent() -> None:
     for step, logged in records.at("update_stable_rank").items():
         for name, update in recorder.observed[step].items():
             exact = quantity("stable_rank", update.double().numpy())
-            assert logged[name] == pytest.approx(exact, rel=0.1), (step, name)
+            assert logged[name] == pytest.approx(exact, rel=0.02), (step, name)

@@ -237,7 +237,7 @@ def test_matrix_rules_without_the_mixin_or_a_hybrid(rule: type[Optimizer], namin
 
 
 def test_stable_rank_of_larger_updates_within_two_percent() -> None:
-    """Updates turn faster than weights: power iteration begins anew at each of them, and comes within 1 % of the norm."""
+    """Updates turn faster than weights: power iteration begins anew at each, and comes within 1 % of the norm."""
 
     class Layers(MuonMixin, GaussianLayers):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -36,7 +37,7 @@ class LastStep(L.Callback):
         self.after = weights(pl_module)
 
 
-def train(optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[dict[str, float], LastStep]:
+def train(optimizer: Callable[..., torch.optim.Optimizer], folder: Path) -> tuple[dict[str, float], LastStep]:
     """SASRec on synthetic sequences; what was measured after the last step, and the weights around it."""
     L.seed_everything(0, verbose=False)
     data = SyntheticSequences(num_users=300, batch_size=32)
@@ -51,15 +52,17 @@ def train(optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[dict[str, fl
         EffectiveRankMonitor(spectrum_every_n_steps=STEPS, **settings),
     ]
     trainer = L.Trainer(
-        **{**QUIET, "max_steps": STEPS, "max_epochs": -1, "log_every_n_steps": 1, "callbacks": [last, *monitors]}
+        **{**QUIET, "max_steps": STEPS, "max_epochs": -1, "log_every_n_steps": 1, "callbacks": [last, *monitors]},
+        default_root_dir=folder,
     )
     trainer.fit(model, datamodule=data)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}, last
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, tuple[dict[str, float], LastStep]]:
-    return {"muon": train(partial(Muon, lr=1e-3)), "adamw": train(partial(AdamW, lr=1e-3, weight_decay=0.0))}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, float], LastStep]]:
+    optimizers = {"muon": partial(Muon, lr=1e-3), "adamw": partial(AdamW, lr=1e-3, weight_decay=0.0)}
+    return {name: train(optimizer, tmp_path_factory.mktemp(name)) for name, optimizer in optimizers.items()}
 
 
 def test_updates_of_muon_are_in_the_range_of_newton_schulz_and_those_of_adamw_are_not(runs: Any) -> None:

@@ -33,11 +33,6 @@ from tests.lightning_helpers import Items, trainer
 adamw = partial(AdamW, lr=0.02, weight_decay=0.5)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def read_csv(logger: CSVLogger, key: str) -> dict[int, float]:
     """Step -> value of one column of what a CSVLogger wrote."""
     with (Path(logger.log_dir) / "metrics.csv").open() as lines:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ from tests.callbacks.monitor_records import (
 from tests.callbacks.monitor_subjects import PAIR_MATRICES, MuonPair, MuonZoo, Pair, Zoo
 
 adamw = partial(AdamW, lr=0.02, weight_decay=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 MODULES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,11 +29,6 @@ from tests.lightning_helpers import NUM_ITEMS
 
 adamw = partial(AdamW, lr=0.01)
 sgd = partial(SGD, lr=0.05)
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def names_logged(records: Any, key: str) -> set[str]:

@@ -23,7 +23,7 @@ def check_globs(name: str, value: Any) -> None:
         )
 
 
-def check_multiple(name: str, value: int, other: str, unit: int, mend: str = "") -> None:
+def check_multiple(name: str, value: int, other: str, unit: int) -> None:
     """Raise unless ``value`` is a multiple of ``unit``; 0 is one."""
     if value % unit:
-        raise MisconfigurationException(f"{name}={value} must be a multiple of {other}, which is {unit}.{mend}")
+        raise MisconfigurationException(f"{name}={value} must be a multiple of {other}, which is {unit}.")

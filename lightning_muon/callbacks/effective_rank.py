@@ -22,7 +22,7 @@ class EffectiveRankMonitor(SpectralMonitor):
     r"""Logs how many directions each weight matrix and each update uses, by three measures.
 
     With singular values :math:`\sigma_i`, of which there are :math:`r = \min(m, n)`, and
-    :math:`p_i = \sigma_i / \sum_j \sigma_j`, all in :math:`[1, r]`:
+    :math:`p_i = \sigma_i / \sum_j \sigma_j`, all in :math:`[1, r]`, and 0 for a matrix of zeros:
 
     * ``effective_rank`` :math:`\exp(-\sum_i p_i \ln p_i)`, by entropy (Roy and Vetterli, EUSIPCO 2007); sees small
       directions best, and takes exact spectra;
@@ -32,15 +32,15 @@ class EffectiveRankMonitor(SpectralMonitor):
     Of the weights under these keys, of the updates under ``update_effective_rank`` and so on. r means that all
     directions are equal. Random weights start near 0.8 r (effective rank), 0.5 r (participation) and 0.25 r (stable
     rank) if square; falling slowly is learning, falling by half from one table to the next is a collapse, of which the
-    table warns. On SASRec updates of Muon had effective ranks of 0.93 to 0.99 r, those of AdamW 0.2 to 0.75 r. Updates
-    are read as in
-    :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
+    table warns. On SASRec updates of Muon had effective ranks of 0.93 to 0.99 r, participation ratios of 0.80 to 0.91 r
+    and stable ranks of 0.52 to 0.65 r; those of AdamW 0.2 to 0.75 r, 0.02 to 0.31 r and 0.02 to 0.14 r. Updates are
+    read as in :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
 
     Keys: ``<quantity>/mean``, ``<quantity>/min``, ``<quantity>/<matrix>``.
 
     Args:
         every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
-        normalize: divide ranks by r, to (0, 1]: comparable over matrices of different sizes.
+        normalize: divide ranks by r, to [0, 1]: comparable over matrices of different sizes.
         **kwargs: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
 
     Raises:
@@ -76,7 +76,7 @@ class EffectiveRankMonitor(SpectralMonitor):
 
     def remember(self, step: int, measurements: Iterable[Measurement]) -> None:
         """Keeps the singular values of the first and of the last step at which they were computed."""
-        if not self.due_spectrum(step):
+        if not self.clock.due_spectrum(step):
             return
         for kind in _KINDS:
             found = {
@@ -112,7 +112,7 @@ def _quantity(name: str, kind: Kind, normalize: bool) -> Quantity:
         _DEPTHS[name],
         partial(_rank, name=name, normalize=normalize),
         "min",
-        "halved",
+        "halved" if kind == "weight" else None,  # updates change from step to step
         f"{label} / r" if normalize else label,
     )
 

@@ -83,7 +83,7 @@ def spectra_plot(snapshots: Mapping[str, Mapping[str, Tensor]], title: str) -> F
     """The shape of each matrix's spectrum, s_i / s_1 against i / r, at several times.
 
     A panel a matrix; of more than twelve matrices twelve are drawn, evenly chosen, and the title says so. The first
-    snapshot is pale and dashed, the last one dark. Five decades are shown at most, so that singular values of rounding
+    snapshot is dashed, the last one stronger. Five decades are shown at most, so that singular values of rounding
     size do not flatten the rest.
 
     Args:
@@ -126,44 +126,43 @@ def spectra_plot(snapshots: Mapping[str, Mapping[str, Tensor]], title: str) -> F
     return figure
 
 
-def course_plot(runs: Mapping[str, Mapping[str, History]], title: str) -> Figure:
+def course_plot(runs: Mapping[str, Mapping[tuple[str, str], History]], title: str) -> Figure:
     """Quantities over the steps of several runs: a panel a quantity, a line a run, its mean over the matrices.
 
     The band around a line reaches from the smallest to the largest matrix. Values that are not finite are left out.
     The axis is logarithmic where all values are positive and span more than a factor of 100.
 
     Args:
-        runs: a label -> the quantity -> its history.
+        runs: a label -> the quantity's key and its name in words -> its history. The words may be empty; quantities of
+            one key and different words have panels of their own.
         title: above the figure.
 
     Raises:
         ValueError: there is no history in the runs.
     """
-    from matplotlib import colormaps
-
-    keys = list(dict.fromkeys(key for histories in runs.values() for key in histories))
-    if not keys:
+    quantities = list(dict.fromkeys(names for histories in runs.values() for names in histories))
+    if not quantities:
         raise ValueError(f"The runs {list(runs)} hold no histories to draw")
-    columns = min(len(keys), 3)
-    rows = math.ceil(len(keys) / columns)
-    figure = _figure(3.4 * columns + 1.2, 2.4 * rows + 1.0)
+    columns = min(len(quantities), 3)
+    rows = math.ceil(len(quantities) / columns)
+    figure = _figure(3.4 * columns + 1.2, 2.5 * rows + 1.0)
     panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for panel, key in zip(panels, keys, strict=False):
+    for panel, (key, words) in zip(panels, quantities, strict=False):
         low, high = math.inf, -math.inf
         for index, (label, histories) in enumerate(runs.items()):
-            colour = colormaps[_COLOURS](0.1 + 0.65 * index / max(len(runs) - 1, 1))
-            steps, means, lows, highs = _course(histories.get(key, History()))
+            colour = _colour(index, len(runs))
+            steps, means, lows, highs = _course(histories.get((key, words), History()))
             low, high = min([low, *lows]), max([high, *highs])
             panel.plot(steps, means, label=label, color=colour, marker="o" if len(steps) <= 2 else None)
             panel.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
         if _wide(low, high):
             panel.set_yscale("log")
-        panel.set_title(key, fontsize=8, family="monospace")
+        _name_quantity(panel, key, words)
         panel.set_xlabel("optimizer step", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[len(keys) :]:
+    for panel in panels[len(quantities) :]:
         panel.set_visible(False)
     panels[0].set_ylabel("mean; band: all matrices", fontsize=9)
     figure.legend(handles=panels[0].get_lines(), loc="outside lower left", fontsize=8, frameon=False, ncols=columns)
@@ -223,6 +222,13 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _colour(index: int, count: int) -> Any:
+    """Of a run, or of a time: the same in all figures of one command."""
+    from matplotlib import colormaps
+
+    return colormaps[_COLOURS](0.1 + 0.65 * index / max(count - 1, 1))
+
+
 def _shortened(name: str) -> str:
     """The name, its middle left out where it is very long: both the layer and the kind stay readable."""
     if len(name) <= _NAME_LENGTH:
@@ -273,6 +279,13 @@ def _number_columns(axes: Axes, steps: Sequence[int]) -> None:
     axes.set_xlabel("optimizer step", fontsize=9)
 
 
+def _name_quantity(panel: Axes, key: str, words: str) -> None:
+    """What it is called above a panel, and the key in small print below that."""
+    small = _two_lines(key)
+    panel.annotate(small, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", **_SMALL_PRINT)
+    panel.set_title(textwrap.fill(words, _PANEL_NAME_LENGTH), fontsize=9, loc="left", pad=18 + 11 * small.count("\n"))
+
+
 def _course(history: History) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps, and the mean, smallest and largest of the finite values at each."""
     rows = []
@@ -293,8 +306,6 @@ def _evenly(names: Sequence[str], count: int) -> list[str]:
 
 def _draw_spectra(panel: Axes, name: str, spectra: Mapping[str, Tensor | None]) -> list[list[float]]:
     """One matrix at several times; returns the curves. A missing or empty one has a line too, for the legend."""
-    from matplotlib import colormaps
-
     curves = [_relative(values) for values in spectra.values()]
     for index, (label, curve) in enumerate(zip(spectra, curves, strict=True)):
         first, last = index == 0 and len(curves) > 1, index == len(curves) - 1
@@ -302,7 +313,7 @@ def _draw_spectra(panel: Axes, name: str, spectra: Mapping[str, Tensor | None]) 
             [(rank + 1) / len(curve) for rank in range(len(curve))],
             curve,
             label=label,
-            color=colormaps[_COLOURS](0.1 if last else 0.85 - 0.65 * index / (len(curves) - 1)),
+            color=_colour(index, len(curves)),
             linestyle="--" if first else "-",
             linewidth=1.8 if last else 1.2,
             marker="o" if len(curve) <= 16 else None,

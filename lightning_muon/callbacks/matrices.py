@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import escape
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
+from lightning_muon.partition import MatrixLayout, ParameterAssignment, ParameterRule, Partition, partition_parameters
 from lightning_muon.partition.rules import near_names
 from lightning_muon.partition.sites import walk
 
@@ -63,24 +66,28 @@ def find_matrices(
     """All parameters of a module that can be read as matrices, frozen ones too, in the module's order.
 
     Those that the partition sends to the matrix optimizer are watched by default: the partition by which an optimizer
-    was built, or else that of the module under its ``parameter_rules`` and ``rules``.
+    was built, and for all others that of the module under its ``parameter_rules`` and ``rules``.
+
+    Without a partition (lazy parameters, flat shards) there is a warning, and nothing is watched by default.
 
     Raises:
-        ValueError: if the module has no partition (parameters are lazy, sparse, or flat shards).
+        ValueError: if ``rules`` are given and do not fit the module.
     """
     partitions = [found for o in optimizers if isinstance(found := getattr(o, "partition", None), Partition)]
-    if not partitions:
-        partitions = [partition_parameters(module, [*getattr(module, "parameter_rules", ()), *rules])]
     entries = {id(entry.parameter): entry for partition in partitions for entry in partition}
+    if any(id(parameter) not in entries for parameter in module.parameters()):
+        for entry in _partition(module, rules):
+            entries.setdefault(id(entry.parameter), entry)
+    elif rules:
+        rank_zero_warn("parameter_rules of a monitor have no effect: the optimizer brings its own partition.")
     names: dict[int, list[str]] = {}
     for site in walk(module):
         names.setdefault(id(site.parameter), []).append(site.name)
     watched = []
     for parameter in module.parameters():
-        entry = entries.get(id(parameter))
-        layout = None if entry is None else entry.layout
-        readable = parameter.ndim >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
-        if not readable:
+        layout = entries[id(parameter)].layout if id(parameter) in entries else None
+        readable = not is_lazy(parameter) and parameter.ndim >= 2 and parameter.numel() > 0
+        if not (readable and parameter.is_floating_point()):
             continue
         name, *aliases = names[id(parameter)]
         watched.append(
@@ -110,3 +117,20 @@ def select(
                 raise MisconfigurationException(f"{argument}: no matrix has a name like {pattern!r}. {near}")
     chosen = [p for p in parameters if (p.by_default if include is None else p.matches(include))]
     return [parameter for parameter in chosen if not parameter.matches(exclude or ())]
+
+
+def _partition(module: LightningModule, rules: Sequence[ParameterRule]) -> Iterable[ParameterAssignment]:
+    own = getattr(module, "parameter_rules", None) or ()
+    # What matrix optimizers do not take is no reason not to look at the rest.
+    refused = [
+        ParameterRule(pattern=escape(site.name), group="other")
+        for site in walk(module)
+        if not is_lazy(site.parameter) and (site.parameter.is_complex() or getattr(site.owner, "sparse", False))
+    ]
+    try:
+        return partition_parameters(module, [*refused, *own, *rules])
+    except ValueError as error:
+        if rules:
+            raise
+        rank_zero_warn(f"No matrix of {type(module).__name__} is watched by default: {error}")
+        return ()

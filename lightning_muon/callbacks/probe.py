@@ -21,9 +21,8 @@ Kind: TypeAlias = Literal["weight", "update"]
 MAX_STACK_ELEMENTS = 2**24
 """Matrices are decomposed together up to this many elements, which bounds temporary memory."""
 
-COLD_ITERATIONS = 16
-WARM_ITERATIONS = 4
-"""Of the power iteration; warm for weights, which move slowly. Updates turn too fast for that."""
+ITERATIONS = 16
+"""Of the power iteration. It starts warm for weights; updates turn too fast for that."""
 
 
 class Depth(IntEnum):
@@ -75,7 +74,7 @@ class MatrixProbe:
         self.demands = demands
         self.vectors: dict[str, Tensor] = {}
         """Where power iteration goes on, by name of the weight."""
-        self._warned = False
+        self._warned: set[str] = set()
         self._captures: dict[Optimizer, UpdateCapture] = {}
         self._step = -1
         self._plan: Plan = {}
@@ -102,12 +101,7 @@ class MatrixProbe:
             captures = [capture for capture in self._captures.values() if capture.stepped]
             self.close()
             updates = {parameter: u for capture in captures for parameter, u in capture.updates.items()}
-            if not self._warned and any(capture.rounded for capture in captures):
-                self._warned = True
-                rank_zero_warn(
-                    "Updates are measured as differences of weights in half precision, where rounding takes a large "
-                    "part. Keep the weights in float32 (precision='bf16-mixed') to see what the optimizer does."
-                )
+            self._warn(captures)
             self._measured = list(self._measure(updates)) if captures else []
         return self._measured if step == self._step else []
 
@@ -116,6 +110,21 @@ class MatrixProbe:
         for capture in self._captures.values():
             capture.close()
         self._captures.clear()
+
+    def _warn(self, captures: Sequence[UpdateCapture]) -> None:
+        """Say once what the updates have in them that is not the optimizer's."""
+        if any(capture.rounded for capture in captures) and "rounding" not in self._warned:
+            self._warned.add("rounding")
+            rank_zero_warn(
+                "Updates are measured as differences of weights in half precision, where rounding takes a large part. "
+                "Keep the weights in float32 (precision='bf16-mixed') to see what the optimizer does."
+            )
+        for name in set().union(*(capture.unknown for capture in captures)) - self._warned:
+            self._warned.add(name)
+            rank_zero_warn(
+                f"How {name} decays the weights is not known here: its updates are measured with the decay in them. "
+                "Train with weight_decay=0 to see them without."
+            )
 
     @torch.no_grad()
     def _measure(self, updates: Mapping[Tensor, Tensor]) -> Iterator[Measurement]:
@@ -151,8 +160,7 @@ class MatrixProbe:
             spectra = exact_spectra(matrices)
         else:
             warm = self._warm_vectors(stack.names, matrices) if kind == "weight" else None
-            iterations = COLD_ITERATIONS if warm is None else WARM_ITERATIONS
-            spectra, vectors = estimate_spectra(matrices, warm, iterations=iterations, gram=depth is Depth.GRAM)
+            spectra, vectors = estimate_spectra(matrices, warm, iterations=ITERATIONS, gram=depth is Depth.GRAM)
             if kind == "weight":
                 self.vectors.update(zip(stack.names, vectors.unbind(), strict=True))
         return Measurement(kind, stack.names, (m, n), depth, _on_cpu(spectra))

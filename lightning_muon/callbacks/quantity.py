@@ -1,15 +1,18 @@
-"""Quantity: something that a monitor reports of each matrix."""
+"""Quantity: something that a monitor reports of each matrix, and what stands for many of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from lightning_muon.callbacks.probe import Depth, Kind
 from lightning_muon.linalg import Spectra
+
+Extreme: TypeAlias = Literal["max", "min"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,21 @@ class Quantity:
     kind: Kind
     depth: Depth
     measure: Callable[[Spectra, tuple[int, int]], Tensor]
-    extreme: Literal["max", "min"]
+    extreme: Extreme
     alarm: Literal["doubled", "halved"] | None
     label: str
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not infinite; NaN if one is NaN, infinity if all are infinite."""
+    numbers = list(values)
+    finite = [value for value in numbers if not math.isinf(value)]
+    return math.fsum(finite) / len(finite) if finite else numbers[0]
+
+
+def worst(values: Mapping[str, float], extreme: Extreme) -> str:
+    """Name of the largest or the smallest value; of one that is NaN if there is any."""
+    undefined = next((name for name, value in values.items() if math.isnan(value)), None)
+    if undefined is not None:
+        return undefined
+    return max(values, key=values.__getitem__) if extreme == "max" else min(values, key=values.__getitem__)

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lightning_muon.callbacks.quantity import Extreme, mean, worst
+
 _ALARMS_SHOWN = 5
 _NOTHING = "-"
 
@@ -32,7 +34,7 @@ class Movement(NamedTuple):
     step: int
     values: Mapping[str, float]
     before: Mapping[str, float] | None
-    extreme: Literal["max", "min"]
+    extreme: Extreme
     alarm: Literal["doubled", "halved"] | None
     before_step: int | None = None
 
@@ -40,8 +42,8 @@ class Movement(NamedTuple):
 def monitor_table(movements: Sequence[Movement], title: str) -> Table:
     """One row a quantity: its mean, its extreme, how the mean changed since the last table, and what moved most.
 
-    All of them are taken over finite values; the row says how many are not. Changes are of matrices measured both
-    times. Alarms stand under the table.
+    Mean and extreme are those that are logged; the row says how many values are not finite. Changes are of finite
+    values of matrices measured both times. Alarms stand under the table.
     """
     sentences = alarms(movements)
     caption = Text("\n".join(f"! {sentence}" for sentence in sentences), style="bold yellow") if sentences else None
@@ -64,7 +66,7 @@ def monitor_table(movements: Sequence[Movement], title: str) -> Table:
 
 
 def alarms(movements: Sequence[Movement]) -> list[str]:
-    """A sentence for each matrix whose value is not finite, has doubled or has halved; the worst first.
+    """A sentence for each matrix whose value is NaN or, alarmingly, infinite, has doubled or has halved; worst first.
 
     At most five a quantity, then one that counts the rest.
     """
@@ -81,26 +83,27 @@ def _cells(movement: Movement) -> list[str]:
     values = _finite(movement.values)
     others = len(movement.values) - len(values)
     key = f"{movement.key}\n({others} of {len(movement.values)} not finite)" if others else movement.key
-    if not values:
+    if not movement.values:
         return [key, *[_NOTHING] * 3]
-    extreme = max(values, key=values.__getitem__) if movement.extreme == "max" else min(values, key=values.__getitem__)
+    extreme = worst(movement.values, movement.extreme)
     before = {name: value for name, value in _finite(movement.before or {}).items() if name in values}
     factors = _factors(movement)
     most = max(factors, key=lambda name: abs(math.log(factors[name])), default=None)
-    change = _percent(_mean({name: values[name] for name in before}), _mean(before)) if before else ""
+    change = _percent(mean(values[name] for name in before), mean(before.values())) if before else ""
     return [
         key,
-        f"{_number(_mean(values))}\n{change}",
-        f"{movement.extreme} {_number(values[extreme])}\n{extreme}",
+        f"{_number(mean(movement.values.values()))}\n{change}",
+        f"{movement.extreme} {_number(movement.values[extreme])}\n{extreme}",
         f"{_percent(factors[most], 1.0)}\n{most}" if most else _NOTHING,
     ]
 
 
 def _not_finite(movement: Movement) -> list[str]:
+    # Of a quantity without an alarm infinity is a value as any other.
     return [
         f"{movement.key} of {name} is {value} at step {movement.step}."
         for name, value in movement.values.items()
-        if not math.isfinite(value)
+        if math.isnan(value) or (math.isinf(value) and movement.alarm is not None)
     ]
 
 
@@ -130,10 +133,6 @@ def _factors(movement: Movement) -> dict[str, float]:
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return math.fsum(values.values()) / len(values)
 
 
 def _number(value: float) -> str:

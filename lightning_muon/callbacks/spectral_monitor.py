@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich import get_console
@@ -16,10 +16,13 @@ from torch.optim import Optimizer
 
 from lightning_muon.callbacks import figures
 from lightning_muon.callbacks.arguments import check_count, check_globs, check_multiple
-from lightning_muon.callbacks.history import History, write_csv
+from lightning_muon.callbacks.clock import Clock
+from lightning_muon.callbacks.history import History
 from lightning_muon.callbacks.matrices import WatchedParameter, find_matrices, select
+from lightning_muon.callbacks.notices import warn_of_limits, warn_of_no_matrix, warn_of_nothing
+from lightning_muon.callbacks.output import show_run
 from lightning_muon.callbacks.probe import Depth, Kind, MatrixProbe, Measurement, Plan
-from lightning_muon.callbacks.quantity import Quantity
+from lightning_muon.callbacks.quantity import Quantity, mean, worst
 from lightning_muon.callbacks.report import Movement, monitor_table
 from lightning_muon.partition import ParameterRule
 
@@ -37,9 +40,10 @@ class SpectralMonitor(Callback):
     """Base of the callbacks that log what the singular values of weights and updates say.
 
     A step is measured where ``every_n_steps`` divides its number (counted from 1) and the optimizer really stepped:
-    once for several accumulated batches, and not where mixed precision skipped the step. Values are logged at the step
-    at which the loss of that batch is. Training is not touched: no random numbers are drawn, and outside of measured
-    steps nothing happens. Several monitors share one pass: each matrix is gathered and decomposed once a step.
+    once for several accumulated batches, and not where mixed precision skipped the step; in manual optimization at the
+    next step of an optimizer. Values are logged at the step at which the loss of that batch is, counted from 0.
+    Training is not touched: no random numbers are drawn, and outside of measured steps nothing happens. Several
+    monitors share one pass: each matrix is gathered and decomposed once a step.
 
     Watched are the matrices that the partition finds, whatever the optimizer: fused projections, experts and gates
     block by block, as ``<parameter>.0``, ``<parameter>.1``, ...; frozen parameters are left out until they are thawed.
@@ -59,8 +63,8 @@ class SpectralMonitor(Callback):
         per_parameter: log each matrix, not only aggregates.
         print_table: print a table at the end of an epoch.
         plot: make figures at the end of the fit; takes matplotlib.
-        parameter_rules: rules of the partition, where neither a :class:`lightning_muon.HybridOptimizer` brings one nor
-            the module has rules of its own.
+        parameter_rules: rules of the partition, besides the module's own; of no effect where a
+            :class:`lightning_muon.HybridOptimizer` of all parameters brings its partition.
         max_spectrum_size: matrices with more rows and columns than this are not decomposed.
         max_spectra: how many matrices are decomposed at most, evenly chosen.
         prefix: goes before each key. Later instances of a class with the same prefix get ``-1``, ``-2``, ... behind the
@@ -96,6 +100,8 @@ class SpectralMonitor(Callback):
             check_count("spectrum_every_n_steps", spectrum_every_n_steps, 0)
         check_count("max_spectrum_size", max_spectrum_size, 1)
         check_count("max_spectra", max_spectra, 1)
+        if not isinstance(prefix, str):
+            raise MisconfigurationException(f"prefix must be a string, got {prefix!r}.")
         check_globs("include", include)
         check_globs("exclude", exclude)
         if every_n_steps:
@@ -112,10 +118,10 @@ class SpectralMonitor(Callback):
         self.max_spectra = max_spectra
         self.prefix = prefix
         self.histories: dict[str, History] = {}
-        """What was measured, by key: at most 512 steps, evenly thinned."""
+        """What was measured, by key: at most 512 steps, the older ones thinned."""
         self._tabled: dict[str, dict[str, Any]] = {}
         self._vectors: dict[str, Tensor] = {}
-        self._interval = self._spectrum_interval = 0
+        self.clock = Clock(DEFAULT_EVERY_N_STEPS, 0)
         self._watched: list[WatchedParameter] = []
         self._probe: MatrixProbe | None = None
         self._suffix = ""
@@ -127,19 +133,24 @@ class SpectralMonitor(Callback):
         return self._generate_state_key(**self.settings())
 
     def settings(self) -> dict[str, Any]:
-        """What decides about the values; extended by subclasses."""
+        """What tells instances apart; extended by subclasses."""
         return {
             "every_n_steps": self.every_n_steps,
             "spectrum_every_n_steps": self.spectrum_every_n_steps,
             "include": self.include,
             "exclude": self.exclude,
             "prefix": self.prefix,
+            "per_parameter": self.per_parameter,
+            "parameter_rules": [str(rule) for rule in self.parameter_rules],
+            "max_spectrum_size": self.max_spectrum_size,
+            "max_spectra": self.max_spectra,
         }
 
     def state_dict(self) -> dict[str, Any]:
         self._keep_vectors()
         return {
             "histories": {key: history.state_dict() for key, history in self.histories.items()},
+            "shown": {quantity.key: [self.key(quantity.key), quantity.label] for quantity in self.quantities},
             "tabled": {key: dict(row) for key, row in self._tabled.items()},
             "vectors": dict(self._vectors),
         }
@@ -155,10 +166,11 @@ class SpectralMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._interval = self.every_n_steps or trainer.log_every_n_steps or DEFAULT_EVERY_N_STEPS  # type: ignore[attr-defined]
+        interval = self.every_n_steps or trainer.log_every_n_steps or DEFAULT_EVERY_N_STEPS  # type: ignore[attr-defined]
         spectrum = self.spectrum_every_n_steps
-        self._spectrum_interval = SPECTRUM_FACTOR * self._interval if spectrum is None else spectrum
-        check_multiple("spectrum_every_n_steps", self._spectrum_interval, "every_n_steps", self._interval)
+        spectrum = SPECTRUM_FACTOR * interval if spectrum is None else spectrum
+        check_multiple("spectrum_every_n_steps", spectrum, "every_n_steps", interval)
+        self.clock = Clock(interval, spectrum)
         monitors = _monitors(trainer)
         twins = [m for m in monitors if type(m) is type(self) and m.prefix == self.prefix]
         self._suffix = f"-{twins.index(self)}" if twins.index(self) else ""
@@ -177,36 +189,39 @@ class SpectralMonitor(Callback):
         self._watched = select(
             find_matrices(pl_module, trainer.optimizers, self.parameter_rules), self.include, self.exclude
         )
-        if not self._watched:
-            rank_zero_warn(f"{type(self).__name__} watches nothing: {type(pl_module).__name__} has no hidden matrix.")
-        self._warn_of_large_matrices()
+        self._warn_of_what_is_left_out(type(pl_module).__name__)
         if self is monitors[-1]:
             self._share_probe(monitors)
         log_dir = trainer.log_dir  # on every process: they agree on it
-        self._directory = None if log_dir is None or trainer.fast_dev_run else Path(log_dir) / "spectral"  # type: ignore[attr-defined]
+        self._directory = None if log_dir is None else Path(log_dir) / "spectral"
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._probe is not None and self._due(step := _step(trainer)):
+        if self._probe is not None and self.clock.due(step := _step(trainer)):
             self._probe.before_step(step, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._probe is None or not self._due(step := _step(trainer)):
+        if self._probe is None or not self.clock.due(step := _step(trainer)):
             return
         measurements = self._probe.after_step(step)
         if not measurements:
+            if not pl_module.automatic_optimization:
+                self.clock.postpone(step)
             return
+        plan = self.demand(step)
         logged: dict[str, float] = {}
         for quantity in self.quantities:
-            values = self._values(quantity, measurements, step)
+            values = self._values(quantity, measurements, plan)
             if values:
                 key = self.key(quantity.key)
                 self.histories.setdefault(quantity.key, History()).append(step, values)
-                logged.update(_aggregates(key, quantity.extreme, values))
+                logged[f"{key}/mean"] = mean(values.values())
+                logged[f"{key}/{quantity.extreme}"] = values[worst(values, quantity.extreme)]
                 if self.per_parameter:
                     logged.update({f"{key}/{name}": value for name, value in values.items()})
         self.remember(step, measurements)
+        self.clock.measured()
         # Not by log_dict: it repeats a value at every later step of the epoch that is logged.
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
@@ -217,7 +232,8 @@ class SpectralMonitor(Callback):
         if self is monitors[-1]:
             shown = [movement for m in monitors if m.print_table for movement in m.movements()]
             if shown:
-                _print(monitor_table(shown, f"Matrices after step {_step(trainer)} (epoch {trainer.current_epoch})"))
+                step = max(movement.step for movement in shown)
+                _print(monitor_table(shown, f"Matrices at step {step} (epoch {trainer.current_epoch})"))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer)
@@ -250,12 +266,18 @@ class SpectralMonitor(Callback):
         rows = []
         for quantity in self.quantities:
             history = self.histories.get(quantity.key)
-            last = self._tabled.get(quantity.key, {"step": None, "values": None})
-            if not history or last["step"] == history.steps[-1]:
+            last = self._tabled.get(quantity.key)
+            if not history or (last is not None and last["step"] == history.steps[-1]):
                 continue
             step, values = history.steps[-1], history.row(-1)
-            key = self.key(quantity.key)
-            rows.append(Movement(key, step, values, last["values"], quantity.extreme, quantity.alarm, last["step"]))
+            before, before_step = None, None
+            if last is not None:
+                before, before_step = last["values"], last["step"]
+            elif len(history) > 1:  # the first table compares with the first measurement
+                before, before_step = history.row(0), history.steps[0]
+            rows.append(
+                Movement(self.key(quantity.key), step, values, before, quantity.extreme, quantity.alarm, before_step)
+            )
             self._tabled[quantity.key] = {"step": step, "values": values}
         return rows
 
@@ -268,17 +290,13 @@ class SpectralMonitor(Callback):
         trained = [watched for watched in self._watched if watched.parameter.requires_grad]
         return {name: shape for watched in trained for name, shape in watched.shapes.items()}
 
-    def due_spectrum(self, step: int) -> bool:
-        """Whether exact spectra are computed after this step."""
-        return self._spectrum_interval > 0 and (step + 1) % self._spectrum_interval == 0
-
     def demand(self, step: int) -> Plan:
         """What to measure after a step."""
-        if not self._due(step):
+        if not self.clock.due(step):
             return {}
         depths: dict[Kind, Depth] = {}
         for quantity in self.quantities:
-            if quantity.depth < Depth.SPECTRUM or self.due_spectrum(step):
+            if quantity.depth < Depth.SPECTRUM or self.clock.due_spectrum(step):
                 depths[quantity.kind] = max(quantity.depth, depths.get(quantity.kind, Depth.NORM))
         matrices = self.watched_matrices()
         small = [name for name, shape in matrices.items() if min(shape) <= self.max_spectrum_size]
@@ -290,10 +308,8 @@ class SpectralMonitor(Callback):
             for name in matrices
         }
 
-    def _values(self, quantity: Quantity, measurements: Iterable[Measurement], step: int) -> dict[str, float]:
-        """The quantity of the matrices that this monitor watches, as far as this step is on its clock."""
-        if quantity.depth is Depth.SPECTRUM and not self.due_spectrum(step):
-            return {}
+    def _values(self, quantity: Quantity, measurements: Iterable[Measurement], plan: Plan) -> dict[str, float]:
+        """The quantity of the matrices for which this monitor planned it, in the module's order."""
         found: dict[str, float] = {}
         for measurement in measurements:
             if measurement.kind == quantity.kind and measurement.depth >= quantity.depth:
@@ -304,10 +320,11 @@ class SpectralMonitor(Callback):
                     for name, value, nothing in zip(measurement.names, values, zero, strict=True)
                     if quantity.kind == "weight" or not nothing
                 )
-        return {name: found[name] for name in self.watched_matrices() if name in found}
-
-    def _due(self, step: int) -> bool:
-        return (step + 1) % self._interval == 0
+        return {
+            name: found[name]
+            for (kind, name), depth in plan.items()
+            if kind == quantity.kind and depth >= quantity.depth and name in found
+        }
 
     def _share_probe(self, monitors: Sequence[SpectralMonitor]) -> None:
         """One probe for all monitors, which watches what any of them does; made by the last one."""
@@ -318,51 +335,48 @@ class SpectralMonitor(Callback):
             probe.vectors.update(monitor._vectors)
             monitor._probe = probe
 
-    def _warn_of_large_matrices(self) -> None:
+    def _warn_of_what_is_left_out(self, module: str) -> None:
+        name = type(self).__name__
+        if not self._watched:
+            warn_of_no_matrix(name, module, chosen=bool(self.include or self.exclude))
         keys = [quantity.key for quantity in self.quantities if quantity.depth is Depth.SPECTRUM]
-        sizes = [min(shape) for watched in self._watched for shape in watched.shapes.values()]
-        large = [size for size in sizes if size > self.max_spectrum_size]
-        if keys and self._spectrum_interval and large:
-            rank_zero_warn(
-                f"{type(self).__name__} has {', '.join(keys)} of {len(sizes) - len(large)} of {len(sizes)} matrices: "
-                f"the others have more than max_spectrum_size={self.max_spectrum_size} rows and columns, up to "
-                f"{max(large)}, and would take long. Raise it to include them."
-            )
+        if keys and self.clock.spectrum_interval:
+            sizes = [min(shape) for watched in self._watched for shape in watched.shapes.values()]
+            warn_of_limits(name, keys, sizes, self.max_spectrum_size, self.max_spectra)
 
     def _keep_vectors(self) -> None:
         if self._probe is not None:
             vectors = self._probe.vectors
-            names = [name for watched in self._watched for name in watched.shapes]
+            of_weights = any(quantity.kind == "weight" for quantity in self.quantities)
+            names = [name for watched in self._watched if of_weights for name in watched.shapes]
             self._vectors = {name: vectors[name].cpu() for name in names if name in vectors}
 
     def _finish(self, trainer: Trainer) -> None:
         if self._probe is None:
             return
+        if self._watched:
+            missing = [quantity.key for quantity in self.quantities if quantity.key not in self.histories]
+            warn_of_nothing(type(self).__name__, missing, self.histories, _step(trainer), self.clock)
         self._probe.close()
         self._keep_vectors()
         self._probe = None
         self._watched = []
         try:
-            self._publish(trainer)
-        except OSError as error:  # no reason to fail, or to hide why the fit did
-            rank_zero_warn(f"{type(self).__name__} could not write what it measured: {error}")
+            self._show(trainer)
+        except Exception as error:  # no reason to fail, or to hide why the fit did
+            rank_zero_warn(f"{type(self).__name__} could not show what it measured: {error}")
 
     @rank_zero_only
-    def _publish(self, trainer: Trainer) -> None:
-        """Figures to the loggers that show them; else PNG and CSV files."""
+    def _show(self, trainer: Trainer) -> None:
         measured = {self.key(q.key): self.histories[q.key] for q in self.quantities if q.key in self.histories}
-        if self._directory is None or not measured:
+        if not measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         drawn: Mapping[str, Figure] = {}
         if self.plot and figures.figures_available():
             drawn = self.figures()
         elif self.plot and self is _monitors(trainer)[0]:
-            rank_zero_warn("Figures of the spectral monitors take matplotlib: pip install 'lightning-muon[plot]'.")
-        last = max(history.steps[-1] for history in measured.values())
-        if figures.publish({f"spectral/{tag}": figure for tag, figure in drawn.items()}, trainer.loggers, last):
-            return
-        figures.save_pngs(drawn, self._directory)
-        write_csv(self._directory / f"{self.prefix.replace('/', '_')}{self.name}{self._suffix}.csv", measured)
+            rank_zero_warn("Figures of the spectral monitors take matplotlib: pip install matplotlib.")
+        show_run(self.key(self.name), measured, drawn, trainer.loggers, self._directory)
 
 
 def _step(trainer: Trainer) -> int:
@@ -373,12 +387,6 @@ def _step(trainer: Trainer) -> int:
 def _monitors(trainer: Trainer) -> list[SpectralMonitor]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SpectralMonitor)]
-
-
-def _aggregates(key: str, extreme: Literal["max", "min"], values: Mapping[str, float]) -> dict[str, float]:
-    numbers = list(values.values())
-    worst = math.nan if any(map(math.isnan, numbers)) else (max(numbers) if extreme == "max" else min(numbers))
-    return {f"{key}/mean": math.fsum(numbers) / len(numbers), f"{key}/{extreme}": worst}
 
 
 @rank_zero_only

@@ -31,8 +31,10 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
     spectra, in :math:`[1, \infty]`: 1 is orthogonal; Muon's was 1.6 to 2.3 there and AdamW's 15 to 700.
 
     An update is what the step subtracted, with weight decay taken out: as this package's optimizers show it, or for any
-    other optimizer the difference of the weights. Decay that is part of the gradient (SGD, Adam) stays in. With weights
-    in half precision that difference is mostly rounding, of which there is a warning. Updates of zero are left out.
+    other optimizer the difference of the weights. Decay that is part of the gradient (SGD, Adam) stays in, and so does
+    one that is not known how it works, of which there is a warning; of another that with weights in half precision the
+    difference is mostly rounding. Updates of zero are left out. Optimizers that move the weights while they evaluate
+    the closure (SAM) are measured from there.
 
     Keys: ``update_orthogonality_error/mean``, ``/max``, ``/<matrix>``; ``update_condition_number/...``.
 

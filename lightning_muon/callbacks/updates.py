@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_DECOUPLED = re.compile(r"AdamW|Lion|Adafactor|^Muon$")
-"""Classes that shrink the weights by lr * weight_decay on their own, and have no option that says so."""
+_DECOUPLED = re.compile(r"AdamW|Lion|^Adafactor$|^Muon$")
+"""Classes that shrink the weights by lr * weight_decay besides the update, and have no option that says so."""
 
 
 class UpdateCapture:
@@ -20,7 +20,8 @@ class UpdateCapture:
 
     Made between the backward pass and the step. Optimizers that show their updates (``observe_updates``) are asked. For
     others the weights are copied and compared after the step, less the weight decay where it is decoupled, that is,
-    no part of the gradient. Parameters without a gradient do not move and are left out.
+    no part of the gradient. Parameters without a gradient do not move and are left out. Of several steps before
+    :meth:`close` the first counts.
 
     Args:
         optimizer: the optimizer that is about to step.
@@ -32,6 +33,8 @@ class UpdateCapture:
         self.updates: dict[Tensor, Tensor] = {}
         self.rounded = False
         """Whether differences of weights in half precision were taken, which rounding dominates."""
+        self.unknown: set[str] = set()
+        """Optimizers whose weight decay is still in their updates, since it is not known how they decay."""
         self._before: dict[Tensor, tuple[Tensor, float]] = {}
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
         for child in _children(optimizer):
@@ -54,6 +57,9 @@ class UpdateCapture:
             return
         for group in optimizer.param_groups:
             shrinkage = _decoupled_decay(optimizer, group)
+            if shrinkage is None:
+                self.unknown.add(type(optimizer).__name__)
+                shrinkage = 0.0
             for parameter in group["params"]:
                 if parameter in parameters and parameter.grad is not None:
                     self._before[parameter] = (parameter.detach().clone(), shrinkage)
@@ -64,8 +70,6 @@ class UpdateCapture:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.stepped:  # an optimizer that steps several times a batch: the first one counts
-            return
         overflowed = getattr(optimizer, "found_inf", None)  # fused ones under a gradient scaler skip by themselves
         if overflowed is not None and bool(overflowed):
             return
@@ -83,11 +87,19 @@ def _children(optimizer: Optimizer) -> Iterable[Optimizer]:
     return children.values() if isinstance(children, dict) else [optimizer]
 
 
-def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """The part of the weights that a step takes away besides the update."""
+def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float | None:
+    """The part of the weights that a step takes away besides the update; None where that is not known."""
     weight_decay, lr = group.get("weight_decay"), group.get("lr")
-    by_name = any(_DECOUPLED.search(cls.__name__) for cls in type(optimizer).__mro__)
-    decoupled = group.get("decoupled_weight_decay", group.get("weight_decouple", by_name))
-    if not decoupled or not weight_decay or lr is None:  # some find their learning rate themselves
+    if not weight_decay:
         return 0.0
+    kind = type(optimizer)
+    said = group.get("decoupled_weight_decay", group.get("weight_decouple"))
+    decoupled = bool(_DECOUPLED.search(kind.__name__)) if said is None else said
+    of_torch = kind.__module__.startswith("torch.optim")
+    if not decoupled and (said is not None or of_torch):
+        return 0.0  # part of the gradient
+    # Prodigy, D-Adaptation and schedule-free optimizers decay by more than the learning rate.
+    adapts = ("d" in group and not of_torch) or "ScheduleFree" in kind.__name__
+    if not decoupled or lr is None or adapts:
+        return None
     return float(weight_decay) * (1.0 if group.get("fixed_decay") else float(lr))

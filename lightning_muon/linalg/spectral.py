@@ -129,7 +129,7 @@ def estimate_spectra(
         product.mul_((scaled.size / torch.where(frobenius == 0, 1.0, frobenius).square())[:, None, None])
         product.diagonal(dim1=-2, dim2=-1).sub_(1)
         error = scaled.answer(torch.linalg.vector_norm(product.flatten(1), dim=1) / scaled.size**0.5)
-    spectra = Spectra(scaled.size, scaled.answer(norm, True), scaled.answer(frobenius, True), error)
+    spectra = Spectra(scaled.size, scaled.rescaled(norm), scaled.rescaled(frobenius), error)
     return spectra, vectors.reshape((*scaled.batch, scaled.size))
 
 
@@ -141,7 +141,7 @@ def singular_values(matrices: Tensor) -> Tensor:
     """
     check_matrices("singular_values", matrices)
     scaled = _Scaled(matrices)
-    return scaled.answer(_decompose(scaled.tall), True)
+    return scaled.rescaled(_decompose(scaled.tall))
 
 
 def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations: int = 16) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ def condition_number(matrices: Tensor, quantile: float = 0.0) -> Tensor:
 
 
 class _Scaled:
-    """Matrices (B, m, n) in float32 at least, divided by their largest entry; zero where they are not finite."""
+    """Matrices (B, m, n) in float32 at least, their largest entry brought near 1; zero where they are not finite."""
 
     def __init__(self, matrices: Tensor) -> None:
         self.batch = matrices.shape[:-2]
@@ -234,7 +234,9 @@ class _Scaled:
         wide = wide.reshape(self.batch.numel(), *matrices.shape[-2:])
         largest = largest_magnitude(wide.flatten(1), 1).squeeze(1)
         self._finite = largest.isfinite()
-        self._scale = torch.where(self._finite & (largest > 0), largest, 1.0)
+        # A power of two, which rounds nothing; within what float32 has without denormals.
+        exponent = torch.frexp(torch.where(self._finite, largest, 1.0)).exponent.clamp_(-126, 127)
+        self._scale = torch.ldexp(torch.ones_like(largest), exponent)
         self.matrices = wide / self._scale[:, None, None]
         if not bool(self._finite.all()):
             self.matrices = torch.where(self._finite[:, None, None], self.matrices, 0.0)
@@ -259,15 +261,16 @@ class _Scaled:
                 f"vectors must have shape {(*self.batch, self.size)}, one of length min(m, n) a matrix, got "
                 f"{tuple(vectors.shape)}."
             )
-        return torch.add(vectors.reshape_as(fixed).to(like), fixed, alpha=_MIX)
+        return torch.add(vectors.reshape_as(fixed).to(like).nan_to_num(0.0, 0.0, 0.0), fixed, alpha=_MIX)
 
-    def answer(self, values: Tensor, homogeneous: bool = False) -> Tensor:
-        """(B, ...) values in the batch's shape, scaled back if they are homogeneous; NaN where X is not finite."""
-        shape = (-1, *(1,) * (values.ndim - 1))
-        if homogeneous:
-            values = values * self._scale.reshape(shape)
-        values = torch.where(self._finite.reshape(shape), values, torch.nan)
+    def answer(self, values: Tensor) -> Tensor:
+        """(B, ...) values that do not depend on the scale, in the batch's shape; NaN where X is not finite."""
+        values = torch.where(self._finite.reshape(-1, *(1,) * (values.ndim - 1)), values, torch.nan)
         return values.reshape((*self.batch, *values.shape[1:]))
+
+    def rescaled(self, values: Tensor) -> Tensor:
+        """The same for values (B, ...) that are as large as the matrices."""
+        return self.answer(values * self._scale.reshape(-1, *(1,) * (values.ndim - 1)))
 
 
 def _iterate(tall: Tensor, gram: Tensor | None, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +315,7 @@ def _decompose(tall: Tensor) -> Tensor:
         if tall.dtype == torch.float64 or tall.device.type == "mps":  # which has no float64
             values: Tensor = torch.linalg.svdvals(tall)
             return values
-        # Exact to 1e-8 of the largest, where a decomposition in float32 is to 1e-7, and in less time.
+        # Right to about 1e-8 of the largest, a decomposition in float32 to about 1e-7, and that takes longer.
         wide = tall.double()
         with _float_products(wide):
             squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)

@@ -59,16 +59,18 @@ def test_a_large_change_is_a_factor():
     assert cells(movement({"a": 30.0}, {"a": 2.0}))[0][3] == "x 15\na"
 
 
-def test_values_that_are_not_finite_are_counted_and_left_out():
-    row = cells(movement({"a": 1.0, "b": math.nan, "c": math.inf, "d": 3.0}, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 3.0}))[
-        0
-    ]
-    assert row == ["spectral_norm\n(2 of 4 not finite)", "2\n+0.0 %", "max 3\nd", "+0.0 %\na"]
+def test_infinity_is_no_part_of_the_mean_but_the_extreme():
+    row = cells(movement({"a": 1.0, "c": math.inf, "d": 3.0}, {"a": 1.0, "c": 1.0, "d": 3.0}))[0]
+    assert row == ["spectral_norm\n(1 of 3 not finite)", "2\n+0.0 %", "max inf\nc", "+0.0 %\na"]
 
 
-@pytest.mark.parametrize("values", [{}, {"a": math.nan}])
-def test_a_row_of_nothing(values: dict[str, float]):
-    assert cells(movement(values, {"a": 1.0}))[0][1:] == ["-", "-", "-"]
+def test_one_nan_is_seen_in_mean_and_extreme():
+    row = cells(movement({"a": 1.0, "b": math.nan, "d": 3.0}, {"a": 1.0, "b": 1.0, "d": 3.0}))[0]
+    assert row == ["spectral_norm\n(1 of 3 not finite)", "nan\n+0.0 %", "max nan\nb", "+0.0 %\na"]
+
+
+def test_a_row_of_nothing():
+    assert cells(movement({}, {"a": 1.0}))[0][1:] == ["-", "-", "-"]
 
 
 def test_zeros_before_have_no_relative_change():
@@ -102,8 +104,9 @@ def test_no_alarm_without_a_value_to_compare_with(before: dict[str, float] | Non
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("alarm", ["doubled", "halved", None])
-def test_a_value_that_is_not_finite_is_an_alarm_always(value: float, alarm: str | None):
-    assert alarms([movement({"a": value}, {"a": 1.0}, alarm=alarm)]) == [f"spectral_norm of a is {value} at step 149."]
+def test_nan_is_an_alarm_always_and_infinity_where_there_are_any(value: float, alarm: str | None):
+    expected = [] if alarm is None and math.isinf(value) else [f"spectral_norm of a is {value} at step 149."]
+    assert alarms([movement({"a": value}, {"a": 1.0}, alarm=alarm)]) == expected
 
 
 def test_the_worst_five_of_a_quantity_are_told():

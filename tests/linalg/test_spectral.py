@@ -334,3 +334,17 @@ def test_input_without_matrices_or_not_real_is_refused(bad: Tensor) -> None:
 def test_matrices_without_entries_are_refused(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(str(shape))):
         EVERYTHING[name](torch.ones(shape))
+
+
+@pytest.mark.parametrize(("shape", "condition", "rtol"), [((40, 12), 1e6, 1e-4), ((512, 256), 1e5, 1e-5)])
+def test_small_singular_values_of_float32_matrices_are_not_rounded_away(
+    shape: tuple[int, int], condition: float, rtol: float
+) -> None:
+    """Scaling takes nothing: the largest entry is no power of two."""
+    generator = torch.Generator().manual_seed(3)
+    m, n = shape
+    left, _ = torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    matrix = (3.7 * (left * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)) @ right).float()
+    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    assert float(condition_number(matrix)) == pytest.approx(expected[0] / expected[-1], rel=rtol)

@@ -1,0 +1,40 @@
+"""Where the figures and the numbers of a run go when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_muon.callbacks.figures import publish, save_pngs
+from lightning_muon.callbacks.history import History, write_csv
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+    from matplotlib.figure import Figure
+
+
+def show_run(
+    name: str,
+    histories: Mapping[str, History],
+    figures: Mapping[str, Figure],
+    loggers: Sequence[Logger],
+    directory: Path | None,
+) -> None:
+    """Give figures to the loggers that show them; without such a one write PNG and CSV files.
+
+    Args:
+        name: of the CSV file.
+        histories: what was measured, by key; at least one.
+        figures: by key.
+        loggers: the Trainer's.
+        directory: for the files; None for no files.
+    """
+    step = max(history.steps[-1] for history in histories.values())
+    shown = publish({f"spectral/{key}": figure for key, figure in figures.items()}, loggers, step)
+    if not shown and directory is not None:
+        save_pngs(figures, directory)
+        write_csv(directory / f"{name.replace('/', '_')}.csv", histories)
+        rank_zero_info(f"What was measured of {name} is in {directory}")

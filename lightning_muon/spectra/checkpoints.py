@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_muon.callbacks.history import History
 from lightning_muon.callbacks.matrices import WatchedParameter, find_matrices
 from lightning_muon.partition import MatrixLayout
 from lightning_muon.partition.roles import LAYOUTS_KEY
 from lightning_muon.partition.rules import near_names
 from lightning_muon.partition.sites import WRAPPER_NAMES
+from lightning_muon.spectra.histories import Histories, read_histories
 
 _GUESSED = (
     "Nothing says which tensors are matrices: all with two dimensions or more are shown, as they are. With --model "
     "my.Module they are read as its partition says."
 )
 _ONLY_LIGHTNING = "That takes Lightning checkpoints, which plain state dicts are not."
+_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+_LIGHTNING_KEY = "pytorch-lightning_version"
+_PARALLEL_PREFIX = "module."  # of DistributedDataParallel and DataParallel
 
 
 class CheckpointError(ValueError):
@@ -40,15 +43,15 @@ class Checkpoint:
         path: the file.
         step: Lightning's ``global_step``; None in a plain state dict.
         parameters: all tensors that can be read as matrices, in the model's order.
-        histories: what the spectral monitors of the run had measured until then, by key.
-        note: a sentence for the user about how they are read; empty where the checkpoint or the model says so.
+        histories: what the spectral monitors of the run had measured until then.
+        notes: sentences for the user about how they are read; none where the checkpoint or the model says so.
     """
 
     path: Path
     step: int | None
     parameters: list[WatchedParameter]
-    histories: Mapping[str, History]
-    note: str = ""
+    histories: Histories
+    notes: Sequence[str] = ()
 
 
 def read_checkpoints(paths: Sequence[Path], module_class: type | None = None) -> list[Checkpoint]:
@@ -72,14 +75,15 @@ def read_checkpoints(paths: Sequence[Path], module_class: type | None = None) ->
     knows = next((index for index, found in enumerate(layouts) if found is not None), None)
     checkpoints = []
     for path, content, found in zip(paths, contents, layouts, strict=True):
-        note = ""
+        state, notes = _state(path, content)
         if found is None and knows is not None:
             found = layouts[knows]
-            note = f"{path} does not say which of its tensors are matrices: it is read as {paths[knows]} is."
+            notes.append(f"{path} does not say which of its tensors are matrices: it is read as {paths[knows]} is.")
         elif found is None:
-            note = _GUESSED if all("state_dict" in content for content in contents) else f"{_GUESSED} {_ONLY_LIGHTNING}"
-        parameters = _parameters(path, _tensors(path, content), found)
-        checkpoints.append(Checkpoint(path, _step(content), parameters, _histories(content), note))
+            lightning = all("state_dict" in content for content in contents)
+            notes.append(_GUESSED if lightning else f"{_GUESSED} {_ONLY_LIGHTNING}")
+        parameters = _parameters(path, _tensors(path, content, state), found)
+        checkpoints.append(Checkpoint(path, _step(content), parameters, read_histories(content), notes))
     return checkpoints
 
 
@@ -100,9 +104,10 @@ def _load(path: Path) -> Mapping[str, Any]:
 def _inside(folder: Path) -> str:
     if (folder / ".metadata").exists():
         return f"Make one file of its shards: python -m lightning.pytorch.utilities.consolidate_checkpoint {folder}"
-    files = sorted(str(file) for file in folder.rglob("*.ckpt"))
-    if not files:
-        return "There is no .ckpt file in it."
+    found = [file for file in folder.rglob("*") if file.suffix in _SUFFIXES]
+    if not found:
+        return f"There is no {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]} file in it."
+    files = [str(file) for file in sorted(found, key=lambda file: (_SUFFIXES.index(file.suffix), file))]
     return f"In it: {', '.join(files[:5])}{', ...' if len(files) > 5 else '.'}"
 
 
@@ -150,9 +155,10 @@ def _as_module(path: Path, content: Mapping[str, Any], module_class: type) -> Ch
         raise CheckpointError(
             f"{path} is a plain state dict, and --model loads Lightning checkpoints. Leave --model out."
         )
+    _tensors(path, content, _state(path, content)[0])  # which refuses what has no values
     try:
         module = module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)  # type: ignore[attr-defined]
-        return Checkpoint(path, _step(content), find_matrices(module, []), _histories(content))
+        return Checkpoint(path, _step(content), find_matrices(module, []), read_histories(content))
     except Exception as error:  # whatever the user's class raises
         raise CheckpointError(
             f"{module_class.__name__} does not load {path}: {type(error).__name__}: "
@@ -163,16 +169,6 @@ def _as_module(path: Path, content: Mapping[str, Any], module_class: type) -> Ch
 def _step(content: Mapping[str, Any]) -> int | None:
     step = content.get("global_step") if "state_dict" in content else None
     return step if isinstance(step, int) else None
-
-
-def _histories(content: Mapping[str, Any]) -> dict[str, History]:
-    callbacks = content.get("callbacks") if "state_dict" in content else None
-    histories = {}
-    for state in (callbacks or {}).values():
-        for key, saved in (state.get("histories", {}) if isinstance(state, Mapping) else {}).items():
-            histories[key] = History()
-            histories[key].load_state_dict(saved)
-    return histories
 
 
 def _layouts(path: Path, content: Mapping[str, Any]) -> dict[str, MatrixLayout] | None:
@@ -187,16 +183,47 @@ def _layouts(path: Path, content: Mapping[str, Any]) -> dict[str, MatrixLayout] 
         ) from error
 
 
-def _tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _state(path: Path, content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The state dict: Lightning's, the content itself, or what lies under one of its keys, and a note where it does."""
+    if "state_dict" in content:
+        state = content["state_dict"]
+        return state if isinstance(state, Mapping) else {}, []
+    deeper = {key: of for key, of in content.items() if isinstance(of, Mapping) and any(map(_is_matrix, of.values()))}
+    if not deeper or any(map(_is_matrix, content.values())):
+        return content, []
+    first, *others = deeper
+    note = f"Of {path} the state dict under {first!r} is read"
+    return deeper[first], [f"{note}, and not what is under {', '.join(map(repr, others))}." if others else f"{note}."]
+
+
+def _is_matrix(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.ndim >= 2
+        and value.numel() > 0
+    )
+
+
+def _tensors(path: Path, content: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict's tensors, by names without the prefixes of wrappers."""
-    state = content.get("state_dict", content)
-    found = state.items() if isinstance(state, Mapping) else ()
-    tensors = {_clean(name): value for name, value in found if isinstance(value, Tensor)}
+    tensors = {_clean(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(map(str, list(content)[:8])) or "none"
         raise CheckpointError(
-            f"{path} is not a checkpoint: no state dict of tensors under 'state_dict' or at its top. Its keys: {keys}."
+            f"{path} is not a checkpoint: no state dict of tensors under 'state_dict', at its top or under one of its "
+            f"keys. Its keys: {keys}."
         )
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{path} has tensors without values, on the device meta, {empty[0]!r} among them: save it after the "
+            "weights of the model were loaded or initialized."
+        )
+    # A LightningModule may itself call its only child so.
+    if _LIGHTNING_KEY not in content and all(name.startswith(_PARALLEL_PREFIX) for name in tensors):
+        return {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -209,7 +236,7 @@ def _parameters(
 ) -> list[WatchedParameter]:
     shared: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.layout == torch.strided and tensor.ndim >= 2 and tensor.numel() > 0:
+        if _is_matrix(tensor):
             place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
             shared.setdefault(place, []).append(name)
     parameters = []

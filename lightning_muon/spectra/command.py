@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ from torch import Tensor
 from lightning_muon.callbacks.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
 from lightning_muon.callbacks.history import History
 from lightning_muon.callbacks.matrices import select
-from lightning_muon.partition.rules import near_names
 from lightning_muon.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
+from lightning_muon.spectra.histories import select_histories
 from lightning_muon.spectra.measure import QUANTITIES, Measured, measure, read_matrices
 from lightning_muon.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
 
@@ -69,7 +68,8 @@ def show_spectra(
 ) -> None:
     """Print a table of one checkpoint, of the changes between two, or of the course of more; write CSV and figures.
 
-    Where spectral monitors took part in the runs, a figure shows what they had measured, run beside run.
+    Where spectral monitors took part in the runs, a figure shows what they had measured, run beside run; of several
+    checkpoints of a run, what the last has.
 
     Args:
         paths: the checkpoints.
@@ -78,7 +78,8 @@ def show_spectra(
         model: import path of the LightningModule whose partition says what is a matrix.
         output: folder for the files.
         max_size: matrices whose smaller side is larger are left out.
-        quantities: globs on what monitors measured, such as ``"update_*"``, to draw; None for all.
+        quantities: globs on the keys under which monitors logged, such as ``"update_*"``: what to draw of that; None
+            for all.
 
     Raises:
         CheckpointError: if a checkpoint cannot be read, or none of its matrices can be shown.
@@ -92,17 +93,19 @@ def show_spectra(
     checkpoints = read_checkpoints(paths, None if model is None else _module_class(model))
     chosen = set(select([parameter for one in checkpoints for parameter in one.parameters], include, exclude))
     output.mkdir(parents=True, exist_ok=True)
-    notes = list(dict.fromkeys(one.note for one in checkpoints if one.note))
+    notes = list(dict.fromkeys(note for one in checkpoints for note in one.notes))
+    if quantities and not any(one.histories for one in checkpoints):
+        notes.append("--quantities has nothing to choose from: no checkpoint holds what spectral monitors measured.")
+    histories = select_histories([one.histories for one in checkpoints], quantities)
     measured = []
-    for checkpoint, label in zip(checkpoints, _labels(paths), strict=True):
+    for checkpoint, label, drawn in zip(checkpoints, _labels(paths), histories, strict=True):
         matrices = read_matrices(parameter for parameter in checkpoint.parameters if parameter in chosen)
         large = [name for name, matrix in matrices.items() if min(matrix.shape) > max_size]
         if large:
             notes.append(f"Left out of {label}, with a smaller side above {max_size} (--max_size): {_some(large)}.")
         _check_any(checkpoint, matrices, large)
         spectra = measure({name: matrix for name, matrix in matrices.items() if name not in large})
-        histories = _matching(checkpoint.histories, quantities)
-        measured.append(Measured(label, checkpoint.step, spectra, histories))
+        measured.append(Measured(label, checkpoint.step, spectra, drawn))
     if len(measured) > 2 and all(one.step is not None for one in measured):
         measured.sort(key=lambda one: one.step or 0)
     names = _common(measured)
@@ -110,7 +113,7 @@ def show_spectra(
     _print(measured, names, notes)
     lines = [f"Wrote {path}" for path in _write(measured, names, output)]
     if not figures_available():
-        lines.append("Figures take matplotlib: pip install 'lightning-muon[plot]'")
+        lines.append("Figures take matplotlib: pip install matplotlib")
     for line in lines:
         get_console().print(escape(line), soft_wrap=True, highlight=False)
 
@@ -160,15 +163,6 @@ def _module_class(name: str) -> type:
     if not (isinstance(found, type) and hasattr(found, "load_from_checkpoint")):
         raise MisconfigurationException(f"The model {name!r} is no LightningModule: it has no load_from_checkpoint.")
     return found
-
-
-def _matching(histories: Mapping[str, History], globs: Sequence[str] | None) -> dict[str, History]:
-    for glob in globs or ():
-        if histories and not any(fnmatchcase(key, glob) for key in histories):
-            raise MisconfigurationException(
-                f"quantities: nothing like {glob!r} was measured. {near_names(glob, histories)}"
-            )
-    return {key: of for key, of in histories.items() if globs is None or any(fnmatchcase(key, glob) for glob in globs)}
 
 
 def _distinct(paths: Iterable[Path]) -> list[Path]:

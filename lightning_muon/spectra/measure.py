@@ -11,9 +11,9 @@ from rich import get_console
 from rich.progress import track
 from torch import Tensor
 
-from lightning_muon.callbacks.history import History
 from lightning_muon.callbacks.matrices import WatchedParameter
 from lightning_muon.linalg import exact_spectra
+from lightning_muon.spectra.histories import Histories
 
 QUANTITIES = {
     "spectral_norm": "spectral norm",
@@ -43,13 +43,13 @@ class Measured:
         label: what the user calls it.
         step: its ``global_step``; None if it has none.
         spectra: the spectrum of each matrix, by name.
-        histories: what monitors had measured until then, by key.
+        histories: what to draw of that which monitors had measured until then.
     """
 
     label: str
     step: int | None
     spectra: Mapping[str, Spectrum]
-    histories: Mapping[str, History]
+    histories: Histories
 
     def __str__(self) -> str:
         return self.label if self.step is None else f"{self.label} (step {self.step})"

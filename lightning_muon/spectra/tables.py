@@ -17,7 +17,9 @@ COMPARED = ("spectral_norm", "stable_rank", "effective_rank")
 
 def matrices_table(measured: Measured) -> Table:
     """One row a matrix, and their mean."""
-    table = _table(str(measured), caption="Ranks are at most the smaller side of the shape.")
+    table = _table(
+        str(measured), caption="Ranks are at most the smaller side r of the shape. The condition number is s_1 / s_r."
+    )
     table.add_column("matrix", overflow="fold", ratio=1)
     table.add_column("shape", justify="right", no_wrap=True)
     for words in QUANTITIES.values():

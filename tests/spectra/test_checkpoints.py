@@ -211,7 +211,7 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
     (tmp_path / "empty.ckpt").touch()
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     torch.save([torch.ones(2, 2)], tmp_path / "list.pt")
-    torch.save({"epoch": 3, "model": {"weight": torch.ones(2, 2)}}, tmp_path / "nested.pt")
+    torch.save({"epoch": 3, "parts": {"model": {"weight": torch.ones(2, 2)}}}, tmp_path / "nested.pt")
     torch.save({"weight": torch.ones(2, 2)}, tmp_path / "whole.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:700])
     (tmp_path / "text.safetensors").write_text("model: 1")
@@ -220,7 +220,7 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
         "empty.ckpt": "the file is empty",
         "module.pt": "torch.nn.modules.linear.Linear",
         "list.pt": "an object of type list",
-        "nested.pt": "Its keys: epoch, model.",
+        "nested.pt": "Its keys: epoch, parts.",
         "half.pt": "not all of it is there",
         "text.safetensors": "is not a safetensors file",
         "absent.ckpt": "No such file",

@@ -156,7 +156,9 @@ def _check_layouts_used(entries: Sequence[ParameterAssignment], changes: Sequenc
     used = {id(rule) for entry, change in zip(entries, changes, strict=True) if entry.layout for rule in change.rules}
     for entry, change in zip(entries, changes, strict=True):
         for rule in change.rules:
-            if rule.sets_layout and id(rule) not in used:
+            # A later rule may send what a layout was for to the other group: a user's rule over a model's own.
+            unused = rule.sets_layout and id(rule) not in used
+            if unused and (change.group != "other" or rule.group == "other"):
                 raise ValueError(
                     f"{rule} sets a layout, but what it matches goes to the group 'other', {entry.name!r} for example. "
                     f"({entry.reason}) Add group='matrix' to the rule to train it as matrices."

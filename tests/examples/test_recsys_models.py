@@ -248,3 +248,8 @@ class TestEvaluation:
             before = [item for item in range(1, data.num_items + 1) if counts[item - 1] >= counts[target - 1]]
             hits += len(set(before) - set(seen) - {target}) < 10
         assert metrics["test/masked/recall@10"] == pytest.approx(hits / len(sequences))
+
+
+def test_an_empty_history_is_refused_by_its_row():
+    with pytest.raises(ValueError, match="row 1 of the batch has no item"):
+        SASRec(num_items=9, hidden_size=8)(torch.tensor([[1, 2], [0, 0], [3, 0]]))

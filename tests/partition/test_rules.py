@@ -255,3 +255,14 @@ def test_near_names():
 def test_unknown_name_lists_near_ones():
     with pytest.raises(KeyError, match=r"fused\.weight"):
         partition()["fused.wieght"]
+
+
+def test_a_later_rule_may_send_to_other_what_an_earlier_one_gave_a_layout() -> None:
+    """A user's rule over that of a model, which says how its fused parameter is read."""
+    module = nn.Module()
+    module.fused = nn.Parameter(torch.randn(4, 8))
+    own = ParameterRule(pattern="fused", group="matrix", split=2, transposed=True)
+    assert partition_parameters(module, [own])["fused"].layout is not None
+    assert partition_parameters(module, [own, ParameterRule(pattern="fused", group="other")])["fused"].group == "other"
+    with pytest.raises(ValueError, match="sets a layout, but what it matches goes to the group 'other'"):
+        partition_parameters(module, [ParameterRule(pattern="fused", group="other", split=2)])

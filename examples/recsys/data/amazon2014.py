@@ -7,12 +7,12 @@ import ast
 import gzip
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from examples.recsys.data.download import download_gzip
+from examples.recsys.data.download import cache_folder, download_gzip
+from examples.recsys.data.events import Event, number
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.sequences import UserSequences
 
@@ -70,7 +70,7 @@ class AmazonReviews2014(SequenceDataModule):
             raise ValueError(f"Unknown category {category!r}: choose one of {', '.join(PUBLISHED)}.")
         self.category = category
         self.data_dir = data_dir
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else _default_cache_dir()
+        self.cache_dir = cache_folder("amazon2014", cache_dir)
         self.base_url = base_url
 
     @property
@@ -119,32 +119,36 @@ def read_reviews(path: str | os.PathLike[str]) -> UserSequences:
     Raises:
         ValueError: naming the line, if it lacks ``reviewerID``, ``asin`` or ``unixReviewTime``.
     """
-    histories: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    return number(
+        Event(review["reviewerID"], review["asin"], int(review["unixReviewTime"])) for review in iterate_reviews(path)
+    ).sequences
+
+
+def iterate_reviews(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The dicts of a gzip file of reviews, read line by line.
+
+    Raises:
+        ValueError: as :func:`read_reviews`.
+    """
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for review in _reviews(path, lines):
-            histories[review["reviewerID"]].append((int(review["unixReviewTime"]), review["asin"]))
-    numbers: dict[str, int] = {}
-    sequences = [
-        [numbers.setdefault(asin, len(numbers) + 1) for _, asin in sorted(history, key=lambda event: event[0])]
-        for history in histories.values()
-    ]
-    return UserSequences.from_lists(sequences, num_items=len(numbers))
+        for line_number, line in enumerate(lines, start=1):
+            review = _parse(line)
+            if not isinstance(review, dict) or not {"reviewerID", "asin", "unixReviewTime"} <= review.keys():
+                raise ValueError(
+                    f"{path}, line {line_number}: not a review with reviewerID, asin and unixReviewTime: {line[:60]!r}."
+                )
+            yield review
 
 
-def _reviews(path: str | os.PathLike[str], lines: Any) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
+def _parse(line: str) -> Any:
+    """The value that a line has as JSON or as a Python literal; None if it has none."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
         try:
-            review = json.loads(line)
-        except json.JSONDecodeError:
-            try:
-                review = ast.literal_eval(line)
-            except (ValueError, SyntaxError):
-                review = None
-        if not isinstance(review, dict) or not {"reviewerID", "asin", "unixReviewTime"} <= review.keys():
-            raise ValueError(
-                f"{path}, line {number}: not a review with reviewerID, asin and unixReviewTime: {line[:60]!r}."
-            )
-        yield review
+            return ast.literal_eval(line)
+        except (ValueError, SyntaxError):
+            return None
 
 
 def _check_published(category: str, sequences: UserSequences, source: Path) -> None:
@@ -156,7 +160,3 @@ def _check_published(category: str, sequences: UserSequences, source: Path) -> N
             f"published {category} 5-core has {expected.users}, {expected.items} and {expected.interactions}: the file "
             "is cut short or another set. Delete it to download it again, or give the right data_dir."
         )
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_muon" / "amazon2014"

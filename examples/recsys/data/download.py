@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import os
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -32,23 +35,44 @@ def download_gzip(url: str, path: Path, attempts: int = 5) -> Path:
         ConnectionError: if the file could not be had; calling again resumes.
         ValueError: if what the server sends is not a whole gzip file.
     """
-    if path.exists() and _gzip_fault(path) is None:
+    return _download(url, path, _gzip_fault, "a whole gzip file", attempts)
+
+
+def download_md5(url: str, path: Path, md5: str, attempts: int = 5) -> Path:
+    """As :func:`download_gzip`, for a file of any kind whose checksum was published.
+
+    Raises:
+        ConnectionError: if the file could not be had; calling again resumes.
+        ValueError: if what the server sends has another checksum than ``md5``, 32 hexadecimal digits.
+    """
+    return _download(url, path, partial(_md5_fault, md5=md5), "the published file", attempts)
+
+
+def cache_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """``cache_dir``; where that is None ``lightning_muon/<name>`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_muon" / name
+
+
+def _download(url: str, path: Path, fault_of: Callable[[Path], str | None], kind: str, attempts: int) -> Path:
+    if path.exists() and fault_of(path) is None:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     resumed = part.exists()
     _fetch_all(url, part, attempts)
-    fault = _gzip_fault(part)
+    fault = fault_of(part)
     if fault and resumed:
         # The part may be the start of another version of the file: only a fresh download tells.
         part.unlink()
         _fetch_all(url, part, attempts)
-        fault = _gzip_fault(part)
+        fault = fault_of(part)
     if fault:
         size = part.stat().st_size
         part.unlink()
         raise ValueError(
-            f"{url} sent {size} bytes that are not a whole gzip file ({fault}): check the address in a browser; a "
+            f"{url} sent {size} bytes that are not {kind} ({fault}): check the address in a browser; a "
             "proxy or a login page may answer in place of the server."
         )
     return part.replace(path)
@@ -123,3 +147,9 @@ def _gzip_fault(path: Path) -> str | None:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         return str(error)
     return None
+
+
+def _md5_fault(path: Path, md5: str) -> str | None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    return None if found == md5 else f"md5 {found} instead of {md5}"

@@ -8,17 +8,19 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from examples.recsys.data.protocol import LeaveOneOut, Samples, collate
+from examples.recsys.data.protocol import EvaluationProtocol, LeaveOneOut, Samples, collate
 from examples.recsys.data.sequences import UserSequences
 
 
 class SequenceDataModule(L.LightningDataModule):
-    """Batches of user sequences under the leave-one-out protocol.
+    """Batches of user sequences under one protocol, by default leave-one-out.
 
     Training batches hold ``history`` and ``targets``, both (B, T); those for validation and test ``history`` (B, T),
-    ``target`` (B,) and ``seen`` (B, S). All are int64 item ids from 1, padded on the right with 0.
+    ``target`` (B,) and ``seen`` (B, S). All are int64 item ids from 1, padded on the right with 0. Where the source
+    knows them, ``times`` (B, T) are the Unix seconds of ``history``, int64, padded with 0.
 
-    A subclass says how many items there are (``num_items``) and loads the sequences.
+    A subclass says how many items there are (``num_items``), loads the sequences, and may choose another protocol and
+    name the items.
 
     Args:
         max_length: how many of the latest items of a history the model sees.
@@ -26,7 +28,7 @@ class SequenceDataModule(L.LightningDataModule):
         samples: ``"sequence"``: a user is one training sample with a target at every position. ``"prefix"``: every
             target is a sample of its own.
         batch_size: training samples a batch and process.
-        eval_batch_size: users a batch and process in validation and test.
+        eval_batch_size: samples a batch and process in validation and test.
         num_workers: processes that load batches; the default loads them in the main process.
     """
 
@@ -46,7 +48,7 @@ class SequenceDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
-        self.protocol: LeaveOneOut | None = None
+        self.protocol: EvaluationProtocol | None = None
 
     @property
     @abstractmethod
@@ -57,9 +59,17 @@ class SequenceDataModule(L.LightningDataModule):
     def load_sequences(self) -> UserSequences:
         """Read what ``prepare_data`` left."""
 
+    def make_protocol(self, sequences: UserSequences) -> EvaluationProtocol:
+        """Split the sequences into training, validation and test."""
+        return LeaveOneOut(sequences, self.max_length, self.samples)
+
+    def item_titles(self) -> list[str]:
+        """What to call items 1, 2, ... in print: their ids, unless the source knows better."""
+        return [str(item) for item in range(1, self.num_items + 1)]
+
     def setup(self, stage: str) -> None:
         if self.protocol is None:
-            self.protocol = LeaveOneOut(self.load_sequences(), self.max_length, self.samples)
+            self.protocol = self.make_protocol(self.load_sequences())
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self._loader(self._split().train(), batch_size=self.batch_size, shuffle=True)
@@ -74,7 +84,7 @@ class SequenceDataModule(L.LightningDataModule):
         """(num_items,) how often each item occurs in the training part."""
         return self._split().item_counts()
 
-    def _split(self) -> LeaveOneOut:
+    def _split(self) -> EvaluationProtocol:
         if self.protocol is None:
             raise RuntimeError(f"{type(self).__name__} is not set up: call prepare_data() and setup('fit') first.")
         return self.protocol

@@ -1,13 +1,14 @@
-"""The protocol by which every model here is trained and judged: leave one out, rank the whole catalogue.
+"""The protocols by which every model here is trained and judged: what is held out, and what a sample is.
 
-A user's last item is the test target, the last but one the validation target, what is before them trains (the S3-Rec
-and TIGER protocol, arXiv 2305.05065). The validation item belongs to the history of the test.
+:class:`LeaveOneOut` holds out the last items of each user (the S3-Rec and TIGER protocol, arXiv 2305.05065),
+:class:`TimeSplit` the latest interactions of all users (the MiniOneRec and MuonRec protocol, arXiv 2510.24431). Both
+rank the whole catalogue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +19,72 @@ from examples.recsys.data.sequences import PADDING, UserSequences
 
 Samples: TypeAlias = Literal["sequence", "prefix"]
 
+TRAIN, VALIDATION, TEST = 0, 1, 2
+"""Labels of interactions: the split in which each is a target."""
 
-class LeaveOneOut:
-    """Training, validation and test samples of user sequences.
+
+class EvaluationProtocol:
+    """Training, validation and test samples of user sequences, by a label an interaction.
+
+    Every interaction but a user's first is a target in the split of its label; its history is what the user did before.
+
+    Args:
+        sequences: the items of the users.
+        labels: (interactions,) int64, ``TRAIN``, ``VALIDATION`` or ``TEST``, never falling within a user. That of a
+            user's first interaction says whether :meth:`item_counts` counts it.
+        max_length: how many of the latest items of a history the model sees.
+        samples: ``"sequence"``: a user is one training sample with a target at every position. ``"prefix"``: every
+            target is a sample of its own, with the at most ``max_length`` items before it.
+
+    Raises:
+        ValueError: if ``max_length`` or ``samples`` is not one of the above.
+    """
+
+    shortest: ClassVar[int]
+    """How many interactions a user must have."""
+
+    def __init__(
+        self, sequences: UserSequences, labels: Tensor, max_length: int = 50, samples: Samples = "sequence"
+    ) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length must be 1 or more, got {max_length}.")
+        if samples not in ("sequence", "prefix"):
+            raise ValueError(f"samples must be 'sequence' or 'prefix', got {samples!r}.")
+        self.sequences = sequences
+        self.labels = labels
+        self.max_length = max_length
+        self.samples = samples
+
+    def train(self) -> TrainingSamples:
+        """Samples of ``history`` (T,) and ``targets`` (T,), the item that follows each position or padding."""
+        targets = self.targets(TRAIN)
+        if self.samples == "prefix":
+            return TrainingSamples(self.sequences, targets, self.max_length, last_target_only=True)
+        users = torch.searchsorted(self.sequences.offsets, targets, right=True)
+        last = users.diff(append=users.new_tensor([-1])) != 0
+        return TrainingSamples(self.sequences, targets[last], self.max_length)
+
+    def validation(self) -> EvaluationSamples:
+        """Samples of ``history`` (T,), ``target`` () and ``seen`` (S,), the whole history: one a target."""
+        return EvaluationSamples(self.sequences, self.targets(VALIDATION), self.max_length)
+
+    def test(self) -> EvaluationSamples:
+        """As :meth:`validation`, of later targets."""
+        return EvaluationSamples(self.sequences, self.targets(TEST), self.max_length)
+
+    def targets(self, label: int) -> Tensor:
+        """Positions of the targets of a split in ``sequences.items``, user after user, oldest first."""
+        return (self.labels == label).index_fill(0, self.sequences.offsets[:-1], False).nonzero().flatten()
+
+    def item_counts(self) -> Tensor:
+        """(num_items,) how often items 1, 2, ... occur in the training part."""
+        return self.sequences.items[self.labels == TRAIN].bincount(minlength=self.sequences.num_items + 1)[1:]
+
+
+class LeaveOneOut(EvaluationProtocol):
+    """A user's last item is the test target, the last but one the validation target, what is before them trains.
+
+    The validation item belongs to the history of the test.
 
     Args:
         sequences: at least three items a user.
@@ -32,75 +96,102 @@ class LeaveOneOut:
         ValueError: if a user has fewer than three items, or an argument is not one of the above.
     """
 
+    shortest = 3
+
     def __init__(self, sequences: UserSequences, max_length: int = 50, samples: Samples = "sequence") -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be 1 or more, got {max_length}.")
-        if samples not in ("sequence", "prefix"):
-            raise ValueError(f"samples must be 'sequence' or 'prefix', got {samples!r}.")
-        short = (sequences.offsets.diff() < 3).nonzero()
-        if len(short):
-            user = int(short[0])
+        _check_lengths(sequences, self.shortest, "leave-one-out needs 3: one to train on, one to validate, one to test")
+        labels = torch.full_like(sequences.items, TRAIN)
+        labels[sequences.offsets[1:] - 2] = VALIDATION
+        labels[sequences.offsets[1:] - 1] = TEST
+        super().__init__(sequences, labels, max_length, samples)
+
+
+class TimeSplit(EvaluationProtocol):
+    """All targets in order of time, cut 8:1:1 by count into training, validation and test.
+
+    Targets of the same time are in order of users, those of a user in order of the sequence. A user may have any number
+    of targets in each split. The history of a target is all that the user did before it, targets of the same and of
+    earlier splits included, as published. Items may repeat, so evaluation is usual without masking the history.
+
+    A user's first interaction is no target. It counts as training where the user's second one trains.
+
+    Args:
+        sequences: with times, and at least two items a user.
+        max_length: how many of the latest items of a history the model sees.
+        samples: as in :class:`LeaveOneOut`; a sequence ends with the user's last training target.
+        labels: (interactions,) int64, the split of each interaction where it is given; those of first interactions are
+            not looked at. None makes the cut.
+
+    Raises:
+        ValueError: if there are no times, a user has one item only, a split comes out empty, the labels go back in
+            time, or an argument is not one of the above.
+    """
+
+    shortest = 2
+
+    def __init__(
+        self,
+        sequences: UserSequences,
+        max_length: int = 50,
+        samples: Samples = "sequence",
+        labels: Tensor | None = None,
+    ) -> None:
+        if sequences.times is None:
+            raise ValueError("A split by time needs times, and these sequences have none: take LeaveOneOut.")
+        _check_lengths(sequences, self.shortest, "a split by time needs 2: one to predict and one before it")
+        first = sequences.offsets[:-1]
+        targets = torch.ones_like(sequences.items, dtype=torch.bool).index_fill(0, first, False).nonzero().flatten()
+        if labels is None:
+            labels = _cut(targets[sequences.times[targets].argsort(stable=True)], len(sequences.items))
+        else:
+            _check_labels(labels, targets, sequences)
+        sizes = labels[targets].bincount(minlength=3).tolist()
+        if not all(sizes):
             raise ValueError(
-                f"User {user + 1} has {len(sequences[user])} interactions, but leave-one-out needs 3: one to train on, "
-                f"one to validate, one to test. Drop such users ({len(short)} of {len(sequences)})."
+                f"The split by time has {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test targets, but "
+                "needs some of each: 10 targets are enough for a cut."
             )
-        self.sequences = sequences
-        self.max_length = max_length
-        self.samples = samples
-
-    def train(self) -> TrainingSamples:
-        """Samples of ``history`` (T,) and ``targets`` (T,), the item that follows each position or padding."""
-        begin, end = self.sequences.offsets[:-1], self.sequences.offsets[1:] - 2
-        if self.samples == "sequence":
-            begin, end = begin[end - begin > 1], end[end - begin > 1]
-            return TrainingSamples(self.sequences.items, torch.maximum(begin, end - self.max_length - 1), end)
-        lengths = end - begin - 1
-        first = begin.repeat_interleave(lengths)
-        ordinal = torch.arange(len(first)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        end = first + ordinal + 2
-        begin = torch.maximum(first, end - self.max_length - 1)
-        return TrainingSamples(self.sequences.items, begin, end, last_target_only=True)
-
-    def validation(self) -> EvaluationSamples:
-        """Samples of ``history`` (T,), ``target`` () and ``seen`` (S,), the whole history: one a user."""
-        return EvaluationSamples(self.sequences, targets=self.sequences.offsets[1:] - 2, max_length=self.max_length)
-
-    def test(self) -> EvaluationSamples:
-        """As :meth:`validation`, one item later."""
-        return EvaluationSamples(self.sequences, targets=self.sequences.offsets[1:] - 1, max_length=self.max_length)
-
-    def item_counts(self) -> Tensor:
-        """(num_items,) how often items 1, 2, ... occur in the training part."""
-        held_out = torch.cat([self.sequences.offsets[1:] - 1, self.sequences.offsets[1:] - 2])
-        trains = torch.ones(len(self.sequences.items), dtype=torch.bool).index_fill(0, held_out, False)
-        return self.sequences.items[trains].bincount(minlength=self.sequences.num_items + 1)[1:]
+        super().__init__(sequences, labels.index_copy(0, first, labels[first + 1]), max_length, samples)
 
 
 class TrainingSamples(Dataset[dict[str, Tensor]]):
-    """Windows ``items[begin:end]`` of a flat tensor, each read as a history and, one item later, its targets."""
+    """Windows of user sequences, each read as a history and, one item later, its targets.
 
-    def __init__(self, items: Tensor, begin: Tensor, end: Tensor, last_target_only: bool = False) -> None:
-        self.items = items
-        self.windows = list(zip(begin.tolist(), end.tolist(), strict=True))
+    Args:
+        sequences: the items of the users.
+        targets: (samples,) positions in ``sequences.items``, none a user's first: the last target of each sample.
+        max_length: how many positions at most a sample has.
+        last_target_only: whether the other targets of a sample are padding.
+    """
+
+    def __init__(
+        self, sequences: UserSequences, targets: Tensor, max_length: int, last_target_only: bool = False
+    ) -> None:
+        self.items = sequences.items
+        self.times = sequences.times
+        begin = torch.maximum(_first_of_user(sequences, targets), targets - max_length)
+        self.windows = list(zip(begin.tolist(), targets.tolist(), strict=True))
         self.last_target_only = last_target_only
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        begin, end = self.windows[index]
-        targets = self.items[begin + 1 : end]
+        begin, target = self.windows[index]
+        targets = self.items[begin + 1 : target + 1]
         if self.last_target_only:
-            targets = torch.full_like(targets, PADDING).index_copy(0, torch.tensor([end - begin - 2]), targets[-1:])
-        return {"history": self.items[begin : end - 1], "targets": targets}
+            targets = torch.full_like(targets, PADDING).index_copy(0, torch.tensor([target - begin - 1]), targets[-1:])
+        sample = {"history": self.items[begin:target], "targets": targets}
+        return sample if self.times is None else sample | {"times": self.times[begin:target]}
 
 
 class EvaluationSamples(Dataset[dict[str, Tensor]]):
-    """One target a user, given by its position in ``sequences.items``, and what came before it."""
+    """Targets, given by their positions in ``sequences.items``, and what came before them."""
 
     def __init__(self, sequences: UserSequences, targets: Tensor, max_length: int) -> None:
         self.items = sequences.items
-        self.windows = list(zip(sequences.offsets[:-1].tolist(), targets.tolist(), strict=True))
+        self.times = sequences.times
+        self.windows = list(zip(_first_of_user(sequences, targets).tolist(), targets.tolist(), strict=True))
         self.max_length = max_length
 
     def __len__(self) -> int:
@@ -109,7 +200,8 @@ class EvaluationSamples(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         begin, target = self.windows[index]
         seen = self.items[begin:target]
-        return {"history": seen[-self.max_length :], "target": self.items[target], "seen": seen}
+        sample = {"history": seen[-self.max_length :], "target": self.items[target], "seen": seen}
+        return sample if self.times is None else sample | {"times": self.times[begin:target][-self.max_length :]}
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -120,3 +212,55 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         else pad_sequence([sample[key] for sample in samples], batch_first=True, padding_value=PADDING)
         for key, value in samples[0].items()
     }
+
+
+def _check_lengths(sequences: UserSequences, least: int, needs: str) -> None:
+    short = (sequences.offsets.diff() < least).nonzero()
+    if len(short):
+        user = int(short[0])
+        raise ValueError(
+            f"User {user + 1} has {len(sequences[user])} interactions, but {needs}. Drop such users "
+            f"({len(short)} of {len(sequences)})."
+        )
+
+
+def _cut(targets: Tensor, interactions: int) -> Tensor:
+    """Labels (interactions,) of targets in order of time; what is no target counts as training."""
+    labels = targets.new_full((interactions,), TRAIN)
+    labels[targets[len(targets) * 8 // 10 :]] = VALIDATION
+    labels[targets[len(targets) * 9 // 10 :]] = TEST
+    return labels
+
+
+def _check_labels(labels: Tensor, targets: Tensor, sequences: UserSequences) -> None:
+    if labels.shape != sequences.items.shape or labels.dtype != torch.long:
+        raise ValueError(
+            f"labels must be ({len(sequences.items)},) int64, one an interaction, got {tuple(labels.shape)} "
+            f"{labels.dtype}."
+        )
+    unknown = labels[(labels < TRAIN) | (labels > TEST)]
+    if len(unknown):
+        raise ValueError(
+            f"labels must be {TRAIN} (train), {VALIDATION} (validation) or {TEST} (test), got {int(unknown[0])}."
+        )
+    # In order of time, and within a user of the sequence: the latest of a split may tie with the first of the next.
+    times = sequences.times[targets]
+    for label in (TRAIN, VALIDATION):
+        earlier, later = times[labels[targets] <= label], times[labels[targets] > label]
+        if len(earlier) and len(later) and earlier.max() > later.min():
+            raise ValueError(
+                f"labels go back in time: a target of split {label} or before is at {int(earlier.max())}, one of a "
+                f"later split at {int(later.min())} already. Label by time, or leave labels out for a cut."
+            )
+    users = torch.searchsorted(sequences.offsets, targets, right=True)
+    falls = (labels[targets].diff() < 0) & (users.diff() == 0)
+    if falls.any():
+        raise ValueError(
+            f"labels go back in the sequence of user {int(users[int(falls.nonzero()[0])])}, at equal times: "
+            "a target must not train after one that is held out."
+        )
+
+
+def _first_of_user(sequences: UserSequences, positions: Tensor) -> Tensor:
+    """Where the user begins who owns each position."""
+    return sequences.offsets[torch.searchsorted(sequences.offsets, positions, right=True) - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +24,16 @@ class UserSequences:
         items: (interactions,) int64 ids from 1 to ``num_items``, user after user, oldest first.
         offsets: (users + 1,) int64; user ``u`` owns ``items[offsets[u]:offsets[u + 1]]``.
         num_items: size of the catalogue.
+        times: (interactions,) int64 Unix seconds, never falling within a user; None where the source has none.
 
     Raises:
-        ValueError: if there is no user, a user has no item, or an id is outside of 1..num_items.
+        ValueError: if there is no user, a user has no item, an id is outside of 1..num_items, or the times do not fit.
     """
 
     items: Tensor
     offsets: Tensor
     num_items: int
+    times: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self):
@@ -46,23 +49,33 @@ class UserSequences:
                 f"User {user} has the item id {int(self.items[position])}, but ids must be from 1 to "
                 f"{self.num_items} (0 is the padding): number the items of the catalogue without gaps, from 1."
             )
+        if self.times is not None:
+            _check_times(self.times, self.offsets)
 
     @classmethod
-    def from_lists(cls, sequences: Sequence[Sequence[int]], num_items: int) -> UserSequences:
-        """Build from one list of item ids a user, oldest first."""
+    def from_lists(
+        cls, sequences: Sequence[Sequence[int]], num_items: int, times: Sequence[Sequence[int]] | None = None
+    ) -> UserSequences:
+        """Build from one list of item ids a user, oldest first, and where they are known one of times a user."""
         items = torch.tensor([item for sequence in sequences for item in sequence], dtype=torch.long)
         offsets = torch.tensor([0, *accumulate(len(sequence) for sequence in sequences)])
-        return cls(items, offsets, num_items)
+        if times is None:
+            return cls(items, offsets, num_items)
+        if [len(clock) for clock in times] != [len(sequence) for sequence in sequences]:
+            raise ValueError("times must have as many lists as there are users, each as long as the items of the user.")
+        return cls(items, offsets, num_items, torch.tensor([time for clock in times for time in clock]))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], num_items: int) -> UserSequences:
-        """Read ``user item item ...`` lines, whitespace separated, oldest item first.
+        """Read ``user item item ...`` lines, whitespace separated, oldest item first; gzipped if the path ends so.
 
         Raises:
             ValueError: naming file and line, if a line is not made of integers or has no item; or as the class does.
         """
         sequences = []
-        for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        content = Path(path).read_bytes()
+        text = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).decode()
+        for number, line in enumerate(text.splitlines(), start=1):
             try:
                 user, *sequence = map(int, line.split())
             except ValueError:
@@ -75,7 +88,7 @@ class UserSequences:
         return cls.from_lists(sequences, num_items)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the form that :meth:`read` reads, users numbered from 1; the file appears whole or not at all."""
+        """Write the form that :meth:`read` reads, users numbered from 1, without times; whole or not at all."""
         lines = (f"{user} {' '.join(map(str, self[user - 1].tolist()))}\n" for user in range(1, len(self) + 1))
         unfinished = Path(f"{path}.unfinished")
         unfinished.write_text("".join(lines))
@@ -88,3 +101,19 @@ class UserSequences:
     def __getitem__(self, user: int) -> Tensor:
         """The items of user ``user``, counted from 0, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+
+def _check_times(times: Tensor, offsets: Tensor) -> None:
+    if times.shape != (int(offsets[-1]),) or times.dtype != torch.long:
+        raise ValueError(
+            f"times must be ({int(offsets[-1])},) int64, one an interaction, got {tuple(times.shape)} {times.dtype}."
+        )
+    falls = times.diff() < 0
+    falls[offsets[1:-1] - 1] = False  # from one user to the next
+    if falls.any():
+        position = int(falls.nonzero()[0])
+        user = int(torch.searchsorted(offsets, position, right=True))
+        raise ValueError(
+            f"User {user} has the time {int(times[position])} before {int(times[position + 1])}: sort the interactions "
+            "of each user by time."
+        )

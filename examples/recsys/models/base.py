@@ -43,11 +43,15 @@ class Recommender(L.LightningModule):
     def forward(self, history: Tensor) -> Tensor:
         """Scores of all items: (B, T) item ids, padded on the right -> (B, num_items); column j is item j + 1."""
 
+    def score_batch(self, batch: Batch) -> Tensor:
+        """Scores (B, num_items) from all that a batch tells of the histories; by default from the items alone."""
+        return self(batch["history"])
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self._evaluate(self.val_metrics, self(batch["history"]), batch, masked=self.mask_history)
+        self._evaluate(self.val_metrics, self.score_batch(batch), batch, masked=self.mask_history)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        scores = self(batch["history"])
+        scores = self.score_batch(batch)
         self._evaluate(self.test_masked, scores, batch, masked=True)
         self._evaluate(self.test_unmasked, scores, batch, masked=False)
 
@@ -77,9 +81,20 @@ class NextItemRecommender(Recommender):
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of states (M, d) that should score the rows ``targets`` (M,) of the output layer."""
 
+    def encode_batch(self, batch: Batch) -> Tensor:
+        """States (M, d) as :meth:`encode` has them, from all that a batch tells of the histories."""
+        return self.encode(batch["history"])
+
     def forward(self, history: Tensor) -> Tensor:
-        last = (history != PADDING).sum(1).cumsum(0) - 1
-        states = self.encode(history)[last]
+        return self.score_batch({"history": history})
+
+    def score_batch(self, batch: Batch) -> Tensor:
+        lengths = (batch["history"] != PADDING).sum(1)
+        if bool((lengths == 0).any()):
+            row = int((lengths == 0).nonzero()[0])
+            raise ValueError(f"The history in row {row} of the batch has no item: there is nothing to predict from.")
+        last = lengths.cumsum(0) - 1
+        states = self.encode_batch(batch)[last]
         weight, bias = self.output_layer()
         # In bfloat16 a catalogue shares a few hundred different scores, and ties count against the model.
         with torch.autocast(states.device.type, enabled=False):
@@ -90,7 +105,7 @@ class NextItemRecommender(Recommender):
         history = batch["history"]
         targets = batch["targets"][history != PADDING]
         counts = targets != PADDING
-        loss = self.loss(self.encode(history)[counts], targets[counts] - 1)
+        loss = self.loss(self.encode_batch(batch)[counts], targets[counts] - 1)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(history))
         return loss
 

@@ -32,6 +32,17 @@ def sampled_softmax_loss(
     return F.cross_entropy(logits, torch.zeros_like(targets))
 
 
+def cosine_sampled_softmax_loss(
+    states: Tensor, targets: Tensor, weight: Tensor, num_negatives: int = 128, temperature: float = 0.05
+) -> Tensor:
+    """:func:`sampled_softmax_loss` where a state scores an item by their cosine divided by ``temperature``.
+
+    HSTU (arXiv 2402.17152), whose authors draw the negatives for each target anew.
+    """
+    states = F.normalize(states, dim=1) / temperature
+    return sampled_softmax_loss(states, targets, F.normalize(weight, dim=1), num_negatives=num_negatives)
+
+
 def binary_cross_entropy_loss(
     states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None, num_negatives: int = 1
 ) -> Tensor:

@@ -1,0 +1,197 @@
+"""Amazon reviews of 2018 as MiniOneRec (arXiv 2510.24431) and MuonRec (arXiv 2603.00416) use them.
+
+The corpus is given for research use; cite Ni, Li and McAuley 2019, "Justifying recommendations using distantly-labeled
+reviews and fine-grained aspects".
+"""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from examples.recsys.data import prepared
+from examples.recsys.data.amazon2018_raw import months, preprocess
+from examples.recsys.data.download import cache_folder, download_gzip
+from examples.recsys.data.module import SequenceDataModule
+from examples.recsys.data.protocol import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    EvaluationProtocol,
+    LeaveOneOut,
+    Samples,
+    TimeSplit,
+)
+from examples.recsys.data.sequences import UserSequences
+
+Category: TypeAlias = Literal["Industrial_and_Scientific", "Office_Products", "Musical_Instruments"]
+
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"
+
+FULL, PARTIAL, SEQUENCES = "interactions.csv.gz", "interactions.partial.csv.gz", "sequences.txt.gz"
+
+
+class Counts(NamedTuple):
+    """Size of an interaction set, and how many of its targets are in each split."""
+
+    users: int
+    items: int
+    train: int
+    validation: int
+    test: int
+
+
+PUBLISHED: dict[str, Counts] = {
+    "Industrial_and_Scientific": Counts(7_694, 3_686, 36_259, 4_532, 4_533),
+    "Office_Products": Counts(8_328, 3_459, 38_924, 4_866, 4_866),
+    "Musical_Instruments": Counts(24_772, 9_922, 131_837, 24_772, 24_772),
+}
+"""What was released of each set, and what files must have to be used; in a partial file users and training targets may
+be missing. The training targets of Industrial follow from the others by the cut, up to one."""
+
+WINDOWS: dict[str, range] = {
+    "Industrial_and_Scientific": months((1996, 10), (2018, 11)),
+    "Office_Products": months((2016, 10), (2018, 11)),
+}
+"""The Unix seconds of the reviews that count. Released files of Industrial are also named after the window of Office,
+which does not give them."""
+
+
+class AmazonReviews2018(SequenceDataModule):
+    """One category of the Amazon 2018 reviews.
+
+    ``Industrial_and_Scientific`` and ``Office_Products`` are split by time (:class:`TimeSplit`). They are read from
+    ``data_dir/{category}``, where the interactions are complete (``interactions.csv.gz``) or lack training users
+    (``interactions.partial.csv.gz``: a warning says how much is there, and figures do not compare with published ones).
+    Without ``data_dir`` reviews and metadata are downloaded (95 MB and 626 MB) and the complete set is written to
+    ``cache_dir/{category}`` once, users and items numbered by the rule of the released files.
+
+    ``Musical_Instruments`` is split by user (:class:`LeaveOneOut`), has no times and no titles, and is read from
+    ``data_dir/Musical_Instruments/sequences.txt.gz`` only.
+
+    Args:
+        category: one of the three.
+        data_dir: folder that holds a folder a category; None downloads.
+        cache_dir: where downloads go; None for ``lightning_muon/amazon2018`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        base_url: folder on the web that holds ``categoryFilesSmall`` and ``metaFiles2``.
+        max_length: how many of the latest items of a history the model sees; 10 as published.
+        mask_history: whether validation leaves the items of the history out; False as published, as items repeat.
+        samples: of :class:`SequenceDataModule`; every target a sample of its own, as published.
+        **kwargs: of :class:`SequenceDataModule`.
+
+    Raises:
+        ValueError: if the category is unknown, or is ``Musical_Instruments`` without ``data_dir``.
+    """
+
+    def __init__(
+        self,
+        category: Category = "Industrial_and_Scientific",
+        data_dir: str | None = None,
+        cache_dir: str | None = None,
+        base_url: str = UCSD,
+        max_length: int = 10,
+        mask_history: bool = False,
+        samples: Samples = "prefix",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_length=max_length, mask_history=mask_history, samples=samples, **kwargs)
+        if category not in PUBLISHED:
+            raise ValueError(f"Unknown category {category!r}: choose one of {', '.join(PUBLISHED)}.")
+        if data_dir is None and category not in WINDOWS:
+            raise ValueError(f"{category} is not made from the raw reviews: give the data_dir that holds it.")
+        self.category = category
+        self.data_dir = data_dir
+        self.cache_dir = cache_folder("amazon2018", cache_dir)
+        self.base_url = base_url
+        self.labels: Tensor | None = None
+
+    @property
+    def num_items(self) -> int:
+        return PUBLISHED[self.category].items
+
+    @property
+    def path(self) -> Path:
+        """The file that is read; where there is none, the one that a download would make."""
+        folder = (self.cache_dir if self.data_dir is None else Path(self.data_dir).expanduser()) / self.category
+        names = (FULL, PARTIAL) if self.category in WINDOWS else (SEQUENCES,)
+        return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+    def prepare_data(self) -> None:
+        """Make sure that the file is there; in the main process of a node.
+
+        Raises:
+            FileNotFoundError: if ``data_dir`` lacks it.
+            ConnectionError: if it cannot be downloaded.
+            ValueError: if the download is damaged, or does not give the published numbers.
+        """
+        if self.path.exists():
+            return
+        if self.data_dir is not None:
+            raise FileNotFoundError(
+                f"data_dir={self.data_dir!r} has no interactions of {self.category} (looked for "
+                f"{self.path.absolute()}). Give the folder that holds the folder {self.category}"
+                + (", or leave data_dir out to download the reviews." if self.category in WINDOWS else ".")
+            )
+        names = f"categoryFilesSmall/{self.category}_5.json.gz", f"metaFiles2/meta_{self.category}.json.gz"
+        reviews, metadata = (
+            download_gzip(f"{self.base_url}/{name}", self.cache_dir / name.rpartition("/")[2]) for name in names
+        )
+        sequences, catalogue = preprocess(reviews, metadata, WINDOWS[self.category])
+        self._check_published(TimeSplit(sequences), reviews)
+        prepared.write(self.path.parent, sequences, catalogue)
+
+    def load_sequences(self) -> UserSequences:
+        if self.category not in WINDOWS:
+            return UserSequences.read(self.path, self.num_items)
+        sequences, self.labels = prepared.read_interactions(self.path, self.num_items)
+        return sequences
+
+    def make_protocol(self, sequences: UserSequences) -> EvaluationProtocol:
+        protocol: EvaluationProtocol
+        if self.category in WINDOWS:
+            protocol = TimeSplit(sequences, self.max_length, self.samples, self.labels)
+        else:
+            protocol = LeaveOneOut(sequences, self.max_length, self.samples)
+        self._check_published(protocol, self.path)
+        return protocol
+
+    def item_titles(self) -> list[str]:
+        """Titles of items 1, 2, ...; for ``Musical_Instruments``, which has none, their ids."""
+        if self.category not in WINDOWS:
+            return super().item_titles()
+        return prepared.read_titles(self.path.parent, self.num_items)
+
+    def _check_published(self, protocol: EvaluationProtocol, source: Path) -> None:
+        found, expected = _count(protocol), PUBLISHED[self.category]
+        if source.name == PARTIAL:
+            same = found[3:] == expected[3:] and all(map(operator.le, found, expected))
+        else:
+            same = found == expected._replace(train=found.train) and abs(found.train - expected.train) <= 1
+        if not same:
+            raise ValueError(
+                f"{source} gives {_sentence(found)}, but the published {self.category} has {_sentence(expected)}: the "
+                "file is cut short, altered or of another category. Delete it to make it again, or give the right "
+                "data_dir."
+            )
+        if source.name == PARTIAL:
+            rank_zero_warn(
+                f"{source} is partial: training has {found.train} of {expected.train} targets "
+                f"({found.train / expected.train:.1%}) and {found.users} of {expected.users} users; validation and "
+                "test are complete. Do not compare with published figures; leave data_dir out to make the complete set."
+            )
+
+
+def _count(protocol: EvaluationProtocol) -> Counts:
+    sequences = protocol.sequences
+    train, validation, test = (len(protocol.targets(label)) for label in (TRAIN, VALIDATION, TEST))
+    return Counts(len(sequences), len(sequences.items.unique()), train, validation, test)
+
+
+def _sentence(counts: Counts) -> str:
+    return (
+        f"{counts.users} users, {counts.items} items and {counts.train} / {counts.validation} / {counts.test} targets"
+    )

@@ -1,0 +1,57 @@
+"""From a log of interactions to numbered sequences: what sources with ids of their own share."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+from examples.recsys.data.sequences import UserSequences
+
+
+class Event(NamedTuple):
+    """One interaction; ``time`` in Unix seconds."""
+
+    user: Hashable
+    item: Hashable
+    time: int
+
+
+class Numbered(NamedTuple):
+    """Sequences, and the ids that their numbers stand for: item ``i`` is ``items[i - 1]``, users alike."""
+
+    sequences: UserSequences
+    users: list[Hashable]
+    items: list[Hashable]
+
+
+def k_core(events: list[Event], k: int) -> list[Event]:
+    """The largest part in which every user and every item has ``k`` events or more; repeats count. Order is kept."""
+    while True:
+        users = Counter(event.user for event in events)
+        items = Counter(event.item for event in events)
+        kept = [event for event in events if users[event.user] >= k and items[event.item] >= k]
+        if len(kept) == len(events):
+            return kept
+        events = kept
+
+
+def number(events: Iterable[Event]) -> Numbered:
+    """Group events by user, oldest first, and number users and items from 1 in order of appearance.
+
+    Users appear in the order of the events, items in the order of the sequences. Events of a user at the same time keep
+    the order that they come in.
+
+    Raises:
+        ValueError: if there is no event.
+    """
+    histories: dict[Hashable, list[Event]] = defaultdict(list)
+    for event in events:
+        histories[event.user].append(event)
+    for history in histories.values():
+        history.sort(key=lambda event: event.time)
+    numbers: dict[Hashable, int] = {}
+    items = [[numbers.setdefault(event.item, len(numbers) + 1) for event in history] for history in histories.values()]
+    times = [[event.time for event in history] for history in histories.values()]
+    sequences = UserSequences.from_lists(items, num_items=len(numbers), times=times)
+    return Numbered(sequences, list(histories), list(numbers))

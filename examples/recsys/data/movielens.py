@@ -1,0 +1,124 @@
+"""MovieLens-1M: ratings of movies, the set on which HSTU (arXiv 2402.17152) is compared.
+
+The data are for research use, must not be passed on without permission, and are not for commercial use without it; the
+README in the archive has the terms. Cite Harper and Konstan 2015, "The MovieLens datasets: history and context".
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from examples.recsys.data.download import cache_folder, download_md5
+from examples.recsys.data.events import Event, Numbered, number
+from examples.recsys.data.module import SequenceDataModule
+from examples.recsys.data.sequences import UserSequences
+
+GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+MD5 = "c4d9eecfca2ab87c1945afe126590906"
+
+USERS, ITEMS, RATINGS = 6_040, 3_706, 1_000_209
+"""What the published set has; 3,706 of its 3,883 movies are rated."""
+
+_RATING = re.compile(r"(\d+)::(\d+)::\d+::(\d+)")
+_MOVIE = re.compile(r"(\d+)::(.*)::.*")
+
+
+class MovieLens1M(SequenceDataModule):
+    """The movies that each user rated, in order of time, whatever the rating; leave-one-out.
+
+    Many ratings of a user bear the same second. They are in the order of the file here, and which movie is tested
+    depends on it: figures from files sorted otherwise differ by that alone.
+
+    Args:
+        data_dir: folder that holds ``ratings.dat`` and ``movies.dat``; None downloads ``ml-1m.zip`` and reads it as it
+            is.
+        cache_dir: where the download goes; None for ``lightning_muon/movielens`` in ``$XDG_CACHE_HOME`` or
+            ``~/.cache``.
+        base_url: folder on the web that holds ``ml-1m.zip``.
+        max_length: how many of the latest items of a history the model sees; 200 in published comparisons.
+        **kwargs: of :class:`SequenceDataModule`.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        cache_dir: str | None = None,
+        base_url: str = GROUPLENS,
+        max_length: int = 200,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_length=max_length, **kwargs)
+        self.data_dir = data_dir
+        self.cache_dir = cache_folder("movielens", cache_dir)
+        self.base_url = base_url
+
+    @property
+    def num_items(self) -> int:
+        return ITEMS
+
+    @property
+    def folder(self) -> Path | zipfile.Path:
+        """Where the files are read: a folder, or the one in the archive."""
+        if self.data_dir is not None:
+            return Path(self.data_dir).expanduser()
+        return zipfile.Path(self.cache_dir / "ml-1m.zip", "ml-1m/")
+
+    def prepare_data(self) -> None:
+        """Make sure that the files are there; in the main process of a node.
+
+        Raises:
+            FileNotFoundError: if ``data_dir`` lacks one.
+            ConnectionError: if the archive cannot be downloaded.
+            ValueError: if the download has another checksum than the published archive.
+        """
+        if self.data_dir is None:
+            download_md5(f"{self.base_url}/ml-1m.zip", self.cache_dir / "ml-1m.zip", MD5)
+            return
+        for name in ("ratings.dat", "movies.dat"):
+            if not (self.folder / name).exists():
+                raise FileNotFoundError(
+                    f"data_dir={self.data_dir!r} has no {name}. Give the folder that ml-1m.zip unpacks to, or leave "
+                    "data_dir out to download it."
+                )
+
+    def load_sequences(self) -> UserSequences:
+        return self._ratings().sequences
+
+    def item_titles(self) -> list[str]:
+        """Titles of items 1, 2, ..., each with its year.
+
+        Raises:
+            ValueError: if ``movies.dat`` is not as published, or a rated movie is not in it.
+        """
+        path = self.folder / "movies.dat"
+        titles = dict(_records(path, _MOVIE))
+        movies = self._ratings().items
+        unnamed = [movie for movie in movies if movie not in titles]
+        if unnamed:
+            raise ValueError(f"{path} lacks {len(unnamed)} rated movies, the first of them {unnamed[0]}.")
+        return [titles[movie] for movie in movies]
+
+    def _ratings(self) -> Numbered:
+        path = self.folder / "ratings.dat"
+        ratings = number(Event(user, movie, int(time)) for user, movie, time in _records(path, _RATING))
+        found = len(ratings.users), len(ratings.items), len(ratings.sequences.items)
+        if found != (USERS, ITEMS, RATINGS):
+            raise ValueError(
+                f"{path} has {found[0]} users, {found[1]} rated movies and {found[2]} ratings, but MovieLens-1M has "
+                f"{USERS}, {ITEMS} and {RATINGS}: the file is cut short or of another set."
+            )
+        return ratings
+
+
+def _records(path: Path | zipfile.Path, form: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+    """What each line says of the groups of ``form``."""
+    with path.open("r", encoding="latin-1") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            match = form.fullmatch(line.rstrip("\r\n"))
+            if match is None:
+                raise ValueError(f"{path}, line {line_number}: expected {form.pattern}, got {line[:60]!r}.")
+            yield match.groups()

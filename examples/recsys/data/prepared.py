@@ -1,0 +1,117 @@
+"""Folders of prepared data: interactions as CSV with item and user numbers from 0, and the catalogue as JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from examples.recsys.data.protocol import TEST, TRAIN, VALIDATION
+from examples.recsys.data.sequences import UserSequences
+
+COLUMNS = ("user", "item", "timestamp")
+LABELS = {"train": TRAIN, "valid": VALIDATION, "test": TEST}
+
+
+def read_interactions(path: Path, num_items: int) -> tuple[UserSequences, Tensor | None]:
+    """Read ``user,item,timestamp`` and, where there is such a column, ``split``, from a gzipped CSV with a header.
+
+    The rows of a user stand together, oldest first. Numbers in the file count from 0; item 0 becomes item 1 here.
+
+    Returns:
+        The sequences, and labels (interactions,) for :class:`TimeSplit`; None if the file has no ``split``.
+
+    Raises:
+        ValueError: if a column is missing, a row is not as described, or an item is outside of the catalogue.
+    """
+    sequences: list[list[int]] = []
+    times: list[list[int]] = []
+    labels: list[int] = []
+    users: dict[str, int] = {}
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        missing = [name for name in COLUMNS if name not in columns]
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(missing)}, only {', '.join(columns) or 'none at all'}.")
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            try:
+                item, time = int(row["item"]), int(row["timestamp"])
+                label = LABELS[row["split"]] if "split" in columns else TRAIN
+            except (TypeError, ValueError, KeyError):
+                raise ValueError(
+                    f"{where}: expected whole numbers for item and timestamp, and one of {', '.join(LABELS)} for a "
+                    f"split, got {row}."
+                ) from None
+            if not 0 <= item < num_items:
+                raise ValueError(
+                    f"{where}: item {item} is outside of 0..{num_items - 1}: the file is damaged or of another "
+                    "category."
+                )
+            if users.setdefault(row["user"], len(users)) != len(users) - 1:
+                raise ValueError(f"{where}: user {row['user']} was left before: sort the rows by user, then time.")
+            if len(sequences) < len(users):
+                sequences.append([])
+                times.append([])
+            sequences[-1].append(item + 1)
+            times[-1].append(time)
+            labels.append(label)
+    try:
+        loaded = UserSequences.from_lists(sequences, num_items, times)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return loaded, torch.tensor(labels) if "split" in columns else None
+
+
+def read_titles(folder: Path, num_items: int) -> list[str]:
+    """Titles of items 1, 2, ... from ``items.jsonl.gz``, a dict with ``item`` (from 0) and ``title`` a line.
+
+    Raises:
+        FileNotFoundError: if the folder has no such file.
+        ValueError: if it is not the catalogue of ``num_items`` items.
+    """
+    path = folder / "items.jsonl.gz"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no items.jsonl.gz, which names the items.")
+    titles: dict[int, str] = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                titles[entry["item"]] = str(entry["title"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: no item and title in {line[:60]!r}.") from None
+    if sorted(titles) != list(range(num_items)):
+        raise ValueError(f"{path} has {len(titles)} items, but the set has 0..{num_items - 1}: it is of another set.")
+    return [titles[item] for item in range(num_items)]
+
+
+def write(folder: Path, sequences: UserSequences, catalogue: Iterable[dict[str, str]]) -> None:
+    """Write what :func:`read_interactions`, without splits, and :func:`read_titles` read; whole or not at all.
+
+    Args:
+        folder: is made where it is not there.
+        sequences: with times.
+        catalogue: a dict with ``title`` for items 1, 2, ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_gzip(
+        folder / "items.jsonl.gz",
+        (json.dumps({"item": number, **entry}, ensure_ascii=False) for number, entry in enumerate(catalogue)),
+    )
+    users = torch.arange(len(sequences)).repeat_interleave(sequences.offsets.diff())
+    rows = zip(users.tolist(), (sequences.items - 1).tolist(), sequences.times.tolist(), strict=True)
+    _write_gzip(folder / "interactions.csv.gz", [",".join(COLUMNS), *(f"{u},{i},{t}" for u, i, t in rows)])
+
+
+def _write_gzip(path: Path, lines: Iterable[str]) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with gzip.open(unfinished, "wt", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    unfinished.replace(path)

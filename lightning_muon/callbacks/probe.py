@@ -66,7 +66,7 @@ class MatrixProbe:
 
     Args:
         parameters: what may be asked for.
-        demands: what each monitor wants measured after a step; asked once a step.
+        demands: what each monitor wants measured after a step; asked once for each optimizer that steps.
     """
 
     def __init__(self, parameters: list[WatchedParameter], demands: Sequence[Callable[[int], Plan]]) -> None:
@@ -84,10 +84,10 @@ class MatrixProbe:
         """Get ready for a step of an optimizer; the first monitor to call does it for all."""
         if step != self._step:
             self._step, self._measured, self._plan = step, [], {}
-        # Once for each optimizer: in manual optimization the parameters of the others may be frozen meanwhile.
-        self._plan = _union([self._plan, *(demand(step) for demand in self.demands)])
         if optimizer in self._captures:
             return
+        # Once for each optimizer: in manual optimization the parameters of the others may be frozen meanwhile.
+        self._plan = _union([self._plan, *(demand(step) for demand in self.demands)])
         wanted = {
             watched.parameter
             for watched in self.parameters

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.recsys.data.sequences import PADDING
-from examples.recsys.models.untied import UntiedRecommender, check_positive
+from examples.recsys.models.layers import check_length, check_positive
+from examples.recsys.models.untied import UntiedRecommender
 
 
 class Caser(UntiedRecommender):
@@ -68,7 +69,7 @@ class Caser(UntiedRecommender):
         self.head = nn.Linear(len(heights) * horizontal_filters + vertical_filters * hidden_size, num_items)
 
     def encode(self, history: Tensor) -> Tensor:
-        self.check_length(history)
+        check_length(history, self.max_length)
         columns = self.embedding(latest_items(history, self.window)).transpose(1, 2)
         largest = [filters(columns).relu().amax(2) for filters in self.horizontal]
         return self.dropout(torch.cat([*largest, self.vertical(columns).relu().flatten(1)], dim=1))

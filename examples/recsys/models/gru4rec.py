@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from examples.recsys.data.sequences import PADDING
-from examples.recsys.models.untied import UntiedRecommender, check_positive
+from examples.recsys.models.layers import check_length, check_positive
+from examples.recsys.models.untied import UntiedRecommender
 
 
 class GRU4Rec(UntiedRecommender):
@@ -48,7 +49,7 @@ class GRU4Rec(UntiedRecommender):
         self.head = nn.Linear(hidden_size, num_items)
 
     def encode(self, history: Tensor) -> Tensor:
-        self.check_length(history)
+        check_length(history, self.max_length)
         real = history != PADDING
         inputs = self.dropout(self.embedding(history))
         # Packing needs the lengths on the CPU, and spares the padding, which is most of a batch.

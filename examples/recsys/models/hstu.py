@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.recsys.models.base import Batch, NextItemRecommender
+from examples.recsys.models.layers import RealPositions, SequenceEmbedding, check_positive
 from examples.recsys.models.losses import cosine_sampled_softmax_loss
-from examples.recsys.models.sasrec import RealPositions, SequenceEmbedding
 from lightning_muon import MuonMixin, ParameterRule
 
 LOG_BUCKET = 0.301
@@ -68,19 +68,16 @@ class HSTU(MuonMixin, NextItemRecommender):
     ) -> None:
         super().__init__(num_items=num_items, mask_history=mask_history, **kwargs)
         self.save_hyperparameters()
-        sizes = {
-            "max_length": max_length,
-            "hidden_size": hidden_size,
-            "num_blocks": num_blocks,
-            "num_heads": num_heads,
-            "attention_size": attention_size,
-            "linear_size": linear_size,
-            "num_negatives": num_negatives,
-            "time_buckets": time_buckets,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}.")
+        check_positive(
+            max_length=max_length,
+            hidden_size=hidden_size,
+            num_blocks=num_blocks,
+            num_heads=num_heads,
+            attention_size=attention_size,
+            linear_size=linear_size,
+            num_negatives=num_negatives,
+            time_buckets=time_buckets,
+        )
         if not temperature > 0.0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if None in (attention_size, linear_size) and hidden_size % num_heads:

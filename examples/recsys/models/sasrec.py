@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.recsys.data.sequences import PADDING
 from examples.recsys.models.base import NextItemRecommender
+from examples.recsys.models.layers import RealPositions, SequenceEmbedding
 from examples.recsys.models.losses import binary_cross_entropy_loss, sampled_softmax_loss, softmax_loss
 from lightning_muon import MuonMixin
 
@@ -132,51 +131,6 @@ class PaperSASRec(MuonMixin, NextItemRecommender):
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_loss(states, targets, *self.output_layer())
-
-
-# Most of a padded batch is padding. So the layers work on the M real positions alone, row after row, as (M, d), and
-# only the attention unpacks them to (B, T).
-
-
-class SequenceEmbedding(nn.Module):
-    """Item plus learned position embedding of the real positions, with dropout."""
-
-    def __init__(self, num_items: int, max_length: int, hidden_size: int, dropout: float) -> None:
-        super().__init__()
-        self.items = nn.Embedding(num_items + 1, hidden_size, padding_idx=PADDING)
-        self.positions = nn.Embedding(max_length, hidden_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def reset_parameters(self, std: float) -> None:
-        """Draw both tables from N(0, std^2); the padding stays zero."""
-        nn.init.normal_(self.items.weight, std=std)
-        nn.init.normal_(self.positions.weight, std=std)
-        with torch.no_grad():
-            self.items.weight[PADDING].zero_()
-
-    def forward(self, history: Tensor) -> tuple[Tensor, RealPositions]:
-        """(B, T) item ids, padded on the right -> (M, d), and where the M belong."""
-        length, longest = history.shape[1], self.positions.num_embeddings
-        if length > longest:
-            raise ValueError(f"The history has {length} items, but max_length={longest}: keep the latest ones.")
-        real = RealPositions(history)
-        return self.dropout(self.items(history[real.index]) + self.positions(real.index[1])), real
-
-
-class RealPositions:
-    """Where a batch of histories holds items, to go from (M, d) to (B, T, d) and back."""
-
-    def __init__(self, history: Tensor) -> None:
-        self.shape = history.shape
-        self.index = (history != PADDING).nonzero(as_tuple=True)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(M, d) -> (B, T, d), zero at the padding."""
-        return x.new_zeros(*self.shape, x.shape[-1]).index_put(self.index, x)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (M, d)."""
-        return x[self.index]
 
 
 class CausalAttention(nn.Module):

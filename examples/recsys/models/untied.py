@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.models.base import NextItemRecommender
+from examples.recsys.models.layers import check_positive
 from examples.recsys.models.losses import binary_cross_entropy_loss, sampled_softmax_loss, softmax_loss
 from lightning_muon import MuonMixin
 
@@ -65,20 +66,6 @@ class UntiedRecommender(MuonMixin, NextItemRecommender):
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
         return self.loss_function(states, targets, *self.output_layer())
-
-    def check_length(self, history: Tensor) -> None:
-        """Raise ``ValueError`` if a history (B, T) is longer than ``max_length``."""
-        if history.shape[1] > self.max_length:
-            raise ValueError(
-                f"The history has {history.shape[1]} items, but max_length={self.max_length}: keep the latest ones."
-            )
-
-
-def check_positive(**sizes: int) -> None:
-    """Raise ``ValueError`` that names the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}.")
 
 
 def _choose_loss(name: LossName, num_negatives: int | None) -> Any:

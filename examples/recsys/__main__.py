@@ -1,30 +1,64 @@
 """Train and judge a recommender: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``.
 
-After ``fit`` the best checkpoint is tested, and the popularity baseline beside it.
+After ``fit`` the best checkpoint is tested, and the popularity baseline beside it. ``predict --ckpt_path best.ckpt``
+with the same configuration writes recommendations to a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import rich
+from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.table import Table
 
 from examples.recsys.data import SequenceDataModule
 from examples.recsys.models import Popularity, Recommender
+from examples.recsys.recommendations import RecommendationWriter
 from lightning_muon import MuonCLI
+
+SETTINGS_OF_USE = ("semantic_ids", "num_beams")
+"""Arguments of models that may differ from those in training."""
 
 
 class RecommenderCLI(MuonCLI):
     """:class:`lightning_muon.MuonCLI` that tests the best checkpoint and the popularity baseline after ``fit``.
 
-    They are then in ``test_metrics`` and ``baseline_metrics``.
+    They are then in ``test_metrics`` and ``baseline_metrics``. ``predict`` has a :class:`RecommendationWriter`, which
+    ``--recommendations.path`` and the like set up.
+
+    With ``--ckpt_path`` Lightning takes the settings of the model from the checkpoint, whatever else is given, but for
+    those that are of use and not of training: ``semantic_ids``, the path of the codes, and ``num_beams``.
     """
 
     test_metrics: Mapping[str, float]
     baseline_metrics: Mapping[str, float]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RecommendationWriter, "recommendations")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        settings = _model_settings(self.config)
+        self._given = {name: settings[name] for name in SETTINGS_OF_USE if settings.get(name) is not None}
+
+    def before_instantiate_classes(self) -> None:
+        settings = _model_settings(self.config)
+        for name in self._given.keys() & settings.keys():
+            settings[name] = self._given[name]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand == "predict":
+            self.save_config_callback = None  # without a logger it would refuse to overwrite that of the fit
+        return super().instantiate_trainer(**kwargs)
+
+    def before_predict(self) -> None:
+        settings = self.config_init["predict"]
+        if settings["return_predictions"] is None:
+            settings["return_predictions"] = False  # the file has them, and they would all be kept in memory
 
     def after_fit(self) -> None:
         if self.trainer.fast_dev_run:
@@ -57,8 +91,14 @@ def comparison(name: str, metrics: Mapping[str, float], baseline: Mapping[str, f
     return table
 
 
-def main(args: ArgsType = None) -> RecommenderCLI:
-    """Run the command line, or ``args`` in its place."""
+def _model_settings(config: Namespace) -> Namespace:
+    """``model.init_args``, of a subcommand or not; empty where no model is given."""
+    model = config.get(config.get("subcommand") or "", config).get("model")
+    return Namespace() if model is None else model.init_args
+
+
+def main(args: ArgsType = None, run: bool = True) -> RecommenderCLI:
+    """Run the command line, or ``args`` in its place; without ``run`` they have no subcommand, and nothing is run."""
     return RecommenderCLI(
         Recommender,
         SequenceDataModule,
@@ -66,6 +106,7 @@ def main(args: ArgsType = None) -> RecommenderCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
+        run=run,
     )
 
 

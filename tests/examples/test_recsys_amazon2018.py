@@ -205,7 +205,7 @@ class TestDownload:
         assert (validation["history"].tolist(), validation["target"].tolist()) == ([[1, 2, 2]], [2])
         assert ((validation["times"] - START) // DAY).tolist() == [[2, 2, 5]]
         assert (test["history"].tolist(), test["target"].tolist()) == ([[1, 2, 2, 2]], [1])
-        assert next(iter(data.train_dataloader())).keys() == {"history", "targets", "times"}
+        assert next(iter(data.train_dataloader())).keys() == {"history", "targets", "user", "times"}
         AmazonReviews2018(OFFICE, data_dir=str(cache)).setup("fit")
 
     def test_another_set_than_the_published_one_gets_a_sentence(self, tmp_path):

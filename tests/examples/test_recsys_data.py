@@ -27,36 +27,46 @@ class TestLeaveOneOut:
     def test_a_user_is_one_sample_with_a_target_at_every_position(self):
         # The second user has one item left to train on, and so nothing to predict.
         assert samples(LeaveOneOut(UserSequences.from_lists(SEQUENCES, 8)).train()) == [
-            {"history": [1, 2], "targets": [2, 3]},
-            {"history": [5, 4, 3, 2], "targets": [4, 3, 2, 1]},
+            {"history": [1, 2], "targets": [2, 3], "user": 0},
+            {"history": [5, 4, 3, 2], "targets": [4, 3, 2, 1], "user": 2},
         ]
 
     def test_a_long_history_keeps_its_latest_items(self):
         protocol = LeaveOneOut(UserSequences.from_lists(SEQUENCES, 8), max_length=2)
-        assert samples(protocol.train())[1] == {"history": [3, 2], "targets": [2, 1]}
-        assert samples(protocol.test())[2] == {"history": [1, 6], "target": 7, "seen": [5, 4, 3, 2, 1, 6]}
+        assert samples(protocol.train())[1] == {"history": [3, 2], "targets": [2, 1], "user": 2}
+        assert samples(protocol.test())[2] == {"history": [1, 6], "target": 7, "seen": [5, 4, 3, 2, 1, 6], "user": 2}
 
     def test_prefixes_are_samples_with_one_target_each(self):
         protocol = LeaveOneOut(UserSequences.from_lists(SEQUENCES, 8), max_length=3, samples="prefix")
         assert samples(protocol.train()) == [
-            {"history": [1], "targets": [2]},
-            {"history": [1, 2], "targets": [0, 3]},
-            {"history": [5], "targets": [4]},
-            {"history": [5, 4], "targets": [0, 3]},
-            {"history": [5, 4, 3], "targets": [0, 0, 2]},
-            {"history": [4, 3, 2], "targets": [0, 0, 1]},
+            {"history": [1], "targets": [2], "user": 0},
+            {"history": [1, 2], "targets": [0, 3], "user": 0},
+            {"history": [5], "targets": [4], "user": 2},
+            {"history": [5, 4], "targets": [0, 3], "user": 2},
+            {"history": [5, 4, 3], "targets": [0, 0, 2], "user": 2},
+            {"history": [4, 3, 2], "targets": [0, 0, 1], "user": 2},
         ]
 
     def test_the_validation_item_is_history_of_the_test(self):
         protocol = LeaveOneOut(UserSequences.from_lists(SEQUENCES, 8))
-        assert samples(protocol.validation())[1] == {"history": [6], "target": 7, "seen": [6]}
-        assert samples(protocol.test())[1] == {"history": [6, 7], "target": 8, "seen": [6, 7]}
+        assert samples(protocol.validation())[1] == {"history": [6], "target": 7, "seen": [6], "user": 1}
+        assert samples(protocol.test())[1] == {"history": [6, 7], "target": 8, "seen": [6, 7], "user": 1}
+
+    def test_prediction_has_every_user_once_with_all_that_is_known(self):
+        protocol = LeaveOneOut(UserSequences.from_lists(SEQUENCES, 8), max_length=3)
+        assert samples(protocol.prediction()) == [
+            {"history": [3, 4, 5], "seen": [1, 2, 3, 4, 5], "user": 0},
+            {"history": [6, 7, 8], "seen": [6, 7, 8], "user": 1},
+            {"history": [1, 6, 7], "seen": [5, 4, 3, 2, 1, 6, 7], "user": 2},
+        ]
 
     @pytest.mark.parametrize("kind", ["sequence", "prefix"])
     def test_training_never_holds_a_held_out_item(self, kind):
         private = [[user * 10 + position for position in range(1, 7)] for user in range(5)]
         protocol = LeaveOneOut(UserSequences.from_lists(private, 60), samples=kind)
-        trained = {item for sample in samples(protocol.train()) for key in sample for item in sample[key]}
+        trained = {
+            item for sample in samples(protocol.train()) for key in ("history", "targets") for item in sample[key]
+        }
         held_out = {sample["target"] for split in (protocol.validation(), protocol.test()) for sample in samples(split)}
         assert len(held_out) == 10
         assert not trained & held_out
@@ -71,6 +81,7 @@ class TestLeaveOneOut:
         batch = collate([protocol.test()[1], protocol.test()[0]])
         assert batch["history"].tolist() == [[6, 7, 0, 0], [1, 2, 3, 4]]
         assert batch["target"].tolist() == [8, 5]
+        assert (batch["user"].tolist(), batch["user"].dtype) == ([1, 0], torch.long)
 
     def test_short_users_get_a_sentence(self):
         with pytest.raises(ValueError, match=r"User 2 has 2 interactions, but leave-one-out needs 3.*\(1 of 2\)"):
@@ -193,9 +204,10 @@ class TestAmazonReviews2014:
         for number, text in enumerate((json.dumps, repr)):
             path = tmp_path / f"{number}.json.gz"
             path.write_bytes(gzip.compress("\n".join(map(text, reviews)).encode()))
-            sequences = read_reviews(path)
+            sequences, users, items = read_reviews(path)
             # B comes first in the file: z is item 1, x item 2 and y, of the same day, item 3.
             assert [sequences[user].tolist() for user in range(2)] == [[1, 2, 3], [2]]
+            assert (users, items) == (["B", "A"], ["z", "x", "y"])
 
     @pytest.mark.parametrize("line", ['{"reviewerID": "A"}', "not a review", "__import__('os')"])
     def test_a_line_that_is_no_review_gets_a_sentence(self, tmp_path, line):

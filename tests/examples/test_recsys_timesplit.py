@@ -30,17 +30,29 @@ def random_sequences(users: int = 40, num_items: int = 20, seed: int = 0) -> tup
 class TestTimes:
     def test_samples_hold_the_times_of_their_history(self):
         protocol = LeaveOneOut(TIMED, max_length=3)
-        assert samples(protocol.train())[1] == {"history": [4, 3, 2], "targets": [3, 2, 1], "times": [1, 2, 3]}
+        assert samples(protocol.train())[1] == {
+            "history": [4, 3, 2],
+            "targets": [3, 2, 1],
+            "user": 2,
+            "times": [1, 2, 3],
+        }
         assert samples(protocol.test())[0] == {
             "history": [2, 3, 4],
             "target": 5,
             "seen": [1, 2, 3, 4],
+            "user": 0,
             "times": [20, 30, 40],
         }
 
     def test_prefixes_hold_the_times_of_their_history(self):
         protocol = LeaveOneOut(TIMED, max_length=3, samples="prefix")
-        assert samples(protocol.train())[-1] == {"history": [4, 3, 2], "targets": [0, 0, 1], "times": [1, 2, 3]}
+        (*_, last) = samples(protocol.train())
+        assert last == {"history": [4, 3, 2], "targets": [0, 0, 1], "user": 2, "times": [1, 2, 3]}
+
+    def test_prediction_holds_the_times_of_the_history_up_to_now(self):
+        protocol = LeaveOneOut(TIMED, max_length=3)
+        last = {"history": [1, 6, 7], "seen": ITEMS[2], "user": 2, "times": [5, 40, 60]}
+        assert samples(protocol.prediction())[2] == last
 
     def test_batches_pad_times_with_zeros_beside_the_history(self):
         protocol = LeaveOneOut(TIMED)
@@ -79,6 +91,7 @@ class TestTimeSplit:
                     "history": items[user][max(0, place - 4) : place],
                     "target": items[user][place],
                     "seen": items[user][:place],
+                    "user": user,
                     "times": times[user][max(0, place - 4) : place],
                 }
                 for _, user, place in sorted(part, key=lambda target: target[1:])
@@ -87,6 +100,7 @@ class TestTimeSplit:
             {
                 "history": items[user][max(0, place - 4) : place],
                 "targets": [0] * (min(4, place) - 1) + [items[user][place]],
+                "user": user,
                 "times": times[user][max(0, place - 4) : place],
             }
             for _, user, place in sorted(parts[0], key=lambda target: target[1:])

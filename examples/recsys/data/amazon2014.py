@@ -7,14 +7,16 @@ import ast
 import gzip
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from examples.recsys.data.download import cache_folder, download_gzip
-from examples.recsys.data.events import Event, number
+from examples.recsys.data.events import Event, Numbered, number
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.sequences import UserSequences
+from examples.recsys.data.text import plain_text
 
 Category: TypeAlias = Literal["Beauty", "Toys_and_Games", "Sports_and_Outdoors"]
 
@@ -43,6 +45,9 @@ class AmazonReviews2014(SequenceDataModule):
     Reads ``{category}.txt`` in ``data_dir``, one user a line: ``user item item ...``, oldest first, ids from 1. Without
     ``data_dir`` it downloads the reviews and writes that file to ``cache_dir`` once.
 
+    A prepared file tells no titles, so items go by their ids. What was downloaded has the ASIN of each item beside it,
+    and titles come from the metadata of the category, which are downloaded once when they are asked for.
+
     Reviews bear a day and no hour. Reviews of the same day are in the order of the source file here, and which item is
     tested depends on it: figures from a download and from another ``{category}.txt`` differ by that alone.
 
@@ -50,7 +55,7 @@ class AmazonReviews2014(SequenceDataModule):
         category: ``Beauty``, ``Toys_and_Games`` or ``Sports_and_Outdoors``.
         data_dir: folder that holds ``{category}.txt``; None downloads.
         cache_dir: where downloads go; None for ``lightning_muon/amazon2014`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-        base_url: folder on the web that holds ``reviews_{category}_5.json.gz``.
+        base_url: folder on the web that holds ``reviews_{category}_5.json.gz`` and ``meta_{category}.json.gz``.
         **kwargs: of :class:`SequenceDataModule`.
 
     Raises:
@@ -100,8 +105,10 @@ class AmazonReviews2014(SequenceDataModule):
             )
         name = f"reviews_{self.category}_5.json.gz"
         reviews = download_gzip(f"{self.base_url}/{name}", self.cache_dir / name)
-        sequences = read_reviews(reviews)
+        sequences, _, asins = read_reviews(reviews)
         _check_published(self.category, sequences, reviews)
+        # First, so that where there are sequences there are ASINs.
+        _write_lines(self._asin_path, map(str, asins))
         sequences.write(self.path)
 
     def load_sequences(self) -> UserSequences:
@@ -109,9 +116,41 @@ class AmazonReviews2014(SequenceDataModule):
         _check_published(self.category, sequences, self.path)
         return sequences
 
+    def item_titles(self) -> list[str]:
+        """Titles of items 1, 2, ...: the ASIN where the metadata have none; with ``data_dir`` the ids.
 
-def read_reviews(path: str | os.PathLike[str]) -> UserSequences:
-    """Sequences from a gzip file of reviews, one dict a line, as JSON or as a Python literal.
+        Call it in one process first: the metadata are downloaded where they are not there.
+
+        Raises:
+            FileNotFoundError: if the download was converted by a version that kept no ASINs.
+            ConnectionError: if the metadata cannot be downloaded.
+            ValueError: if a file is damaged.
+        """
+        if self.data_dir is not None:
+            return super().item_titles()
+        if not self._asin_path.exists():
+            raise FileNotFoundError(
+                f"{self.cache_dir} has no {self._asin_path.name}, which tells the items apart: delete {self.path} to "
+                "convert the reviews again."
+            )
+        asins = self._asin_path.read_text(encoding="utf-8").split("\n")[:-1]
+        if len(asins) != self.num_items:
+            raise ValueError(
+                f"{self._asin_path} has {len(asins)} lines, but there are {self.num_items} items: delete it and "
+                f"{self.path} to convert the reviews again."
+            )
+        name = f"meta_{self.category}.json.gz"
+        titles = read_titles(download_gzip(f"{self.base_url}/{name}", self.cache_dir / name), set(asins))
+        return [titles.get(asin, asin) for asin in asins]
+
+    @property
+    def _asin_path(self) -> Path:
+        """A line an item: the ASINs of items 1, 2, ..."""
+        return self.path.with_name(f"{self.category}.asins.txt")
+
+
+def read_reviews(path: str | os.PathLike[str]) -> Numbered:
+    """Sequences from a gzip file of reviews, one dict a line, as JSON or as a Python literal; the ids they stand for.
 
     Users and items are numbered from 1 in order of appearance: users in the file, items in the sequences. Reviews of
     the same day keep the order of the file.
@@ -121,7 +160,7 @@ def read_reviews(path: str | os.PathLike[str]) -> UserSequences:
     """
     return number(
         Event(review["reviewerID"], review["asin"], int(review["unixReviewTime"])) for review in iterate_reviews(path)
-    ).sequences
+    )
 
 
 def iterate_reviews(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -138,6 +177,33 @@ def iterate_reviews(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                     f"{path}, line {line_number}: not a review with reviewerID, asin and unixReviewTime: {line[:60]!r}."
                 )
             yield review
+
+
+def read_titles(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[str, str]:
+    """Titles by ASIN from a gzip file of metadata, one dict a line, as JSON or as a Python literal.
+
+    Args:
+        path: the file, which has far more items than a 5-core; only lines of wanted ones are parsed.
+        wanted: ASINs; those without a title are left out.
+
+    Raises:
+        ValueError: naming the line, if it has no ``asin`` or is no dict.
+    """
+    titles = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            match = _ASIN.search(line)
+            if match and match[1] not in wanted:
+                continue
+            entry = _parse(line)
+            if not isinstance(entry, dict) or "asin" not in entry:
+                raise ValueError(f"{path}, line {line_number}: not metadata with an asin: {line[:60]!r}.")
+            if title := plain_text(entry.get("title") or ""):
+                titles[entry["asin"]] = title
+    return titles
+
+
+_ASIN = re.compile(r"""['"]asin['"]: *['"](\w+)['"]""")
 
 
 def _parse(line: str) -> Any:
@@ -160,3 +226,9 @@ def _check_published(category: str, sequences: UserSequences, source: Path) -> N
             f"published {category} 5-core has {expected.users}, {expected.items} and {expected.interactions}: the file "
             "is cut short or another set. Delete it to download it again, or give the right data_dir."
         )
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    unfinished.replace(path)

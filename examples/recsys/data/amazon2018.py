@@ -6,7 +6,9 @@ reviews and fine-grained aspects".
 
 from __future__ import annotations
 
+import html
 import operator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -27,12 +29,16 @@ from examples.recsys.data.protocol import (
     TimeSplit,
 )
 from examples.recsys.data.sequences import UserSequences
+from examples.recsys.data.text import describe
 
 Category: TypeAlias = Literal["Industrial_and_Scientific", "Office_Products", "Musical_Instruments"]
 
 UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"
 
 FULL, PARTIAL, SEQUENCES = "interactions.csv.gz", "interactions.partial.csv.gz", "sequences.txt.gz"
+
+DESCRIBED = ("brand", "categories", "description")
+"""What the catalogue says of an item beside its title."""
 
 
 class Counts(NamedTuple):
@@ -163,7 +169,21 @@ class AmazonReviews2018(SequenceDataModule):
         """Titles of items 1, 2, ...; for ``Musical_Instruments``, which has none, their ids."""
         if self.category not in WINDOWS:
             return super().item_titles()
-        return prepared.read_titles(self.path.parent, self.num_items)
+        return [html.unescape(entry["title"]) for entry in self._catalogue]
+
+    def item_descriptions(self) -> list[str]:
+        """Brand, categories and description of items 1, 2, ..., as :func:`describe` has them.
+
+        For ``Musical_Instruments``, of which nothing is known, "".
+        """
+        if self.category not in WINDOWS:
+            return super().item_descriptions()
+        return [describe(*(entry.get(key, "") for key in DESCRIBED)) for entry in self._catalogue]
+
+    @cached_property
+    def _catalogue(self) -> list[dict[str, str]]:
+        """The catalogue, read once."""
+        return prepared.read_catalogue(self.path.parent, self.num_items)
 
     def _check_published(self, protocol: EvaluationProtocol, source: Path) -> None:
         found, expected = _count(protocol), PUBLISHED[self.category]

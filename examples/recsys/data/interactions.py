@@ -98,6 +98,10 @@ class Interactions(SequenceDataModule):
         """The names of items 1, 2, ... in the file."""
         return [str(item) for item in self.item_ids]
 
+    def user_names(self) -> list[str]:
+        """The names of users 0, 1, ... in the file."""
+        return [str(user) for user in self.user_ids]
+
     def load_sequences(self) -> UserSequences:
         return self._numbered.sequences
 

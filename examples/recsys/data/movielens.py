@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class MovieLens1M(SequenceDataModule):
                 )
 
     def load_sequences(self) -> UserSequences:
-        return self._ratings().sequences
+        return self._ratings.sequences
 
     def item_titles(self) -> list[str]:
         """Titles of items 1, 2, ..., each with its year.
@@ -96,13 +97,19 @@ class MovieLens1M(SequenceDataModule):
         """
         path = self.folder / "movies.dat"
         titles = dict(_records(path, _MOVIE))
-        movies = self._ratings().items
+        movies = self._ratings.items
         unnamed = [movie for movie in movies if movie not in titles]
         if unnamed:
             raise ValueError(f"{path} lacks {len(unnamed)} rated movies, the first of them {unnamed[0]}.")
         return [titles[movie] for movie in movies]
 
+    def user_names(self) -> list[str]:
+        """The numbers of users 0, 1, ... in the file."""
+        return [str(user) for user in self._ratings.users]
+
+    @cached_property
     def _ratings(self) -> Numbered:
+        """The ratings, read once."""
         path = self.folder / "ratings.dat"
         ratings = number(Event(user, movie, int(time)) for user, movie, time in _records(path, _RATING))
         found = len(ratings.users), len(ratings.items), len(ratings.sequences.items)

@@ -69,8 +69,11 @@ def read_interactions(path: Path, num_items: int) -> tuple[UserSequences, Tensor
     return loaded, torch.tensor(labels) if "split" in columns else None
 
 
-def read_titles(folder: Path, num_items: int) -> list[str]:
-    """Titles of items 1, 2, ... from ``items.jsonl.gz``, a dict with ``item`` (from 0) and ``title`` a line.
+def read_catalogue(folder: Path, num_items: int) -> list[dict[str, str]]:
+    """What is known of items 1, 2, ... from ``items.jsonl.gz``, a dict with ``item`` (from 0) and ``title`` a line.
+
+    Returns:
+        A dict an item with its ``title`` and whatever else the line has, as text; without ``item``.
 
     Raises:
         FileNotFoundError: if the folder has no such file.
@@ -79,21 +82,24 @@ def read_titles(folder: Path, num_items: int) -> list[str]:
     path = folder / "items.jsonl.gz"
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no items.jsonl.gz, which names the items.")
-    titles: dict[int, str] = {}
+    catalogue: dict[int, dict[str, str]] = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                titles[entry["item"]] = str(entry["title"])
-            except (json.JSONDecodeError, KeyError, TypeError):
+                item, _ = entry.pop("item"), entry["title"]
+                catalogue[item] = {key: "" if value is None else str(value) for key, value in entry.items()}
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}, line {number}: no item and title in {line[:60]!r}.") from None
-    if sorted(titles) != list(range(num_items)):
-        raise ValueError(f"{path} has {len(titles)} items, but the set has 0..{num_items - 1}: it is of another set.")
-    return [titles[item] for item in range(num_items)]
+    if sorted(catalogue) != list(range(num_items)):
+        raise ValueError(
+            f"{path} has {len(catalogue)} items, but the set has 0..{num_items - 1}: it is of another set."
+        )
+    return [catalogue[item] for item in range(num_items)]
 
 
 def write(folder: Path, sequences: UserSequences, catalogue: Iterable[dict[str, str]]) -> None:
-    """Write what :func:`read_interactions`, without splits, and :func:`read_titles` read; whole or not at all.
+    """Write what :func:`read_interactions`, without splits, and :func:`read_catalogue` read; whole or not at all.
 
     Args:
         folder: is made where it is not there.

@@ -56,21 +56,26 @@ class EvaluationProtocol:
         self.samples = samples
 
     def train(self) -> TrainingSamples:
-        """Samples of ``history`` (T,) and ``targets`` (T,), the item that follows each position or padding."""
+        """Samples of ``history`` (T,), ``targets`` (T,), what follows each position or padding, and ``user`` ()."""
         targets = self.targets(TRAIN)
         if self.samples == "prefix":
             return TrainingSamples(self.sequences, targets, self.max_length, last_target_only=True)
-        users = torch.searchsorted(self.sequences.offsets, targets, right=True)
+        users = _users(self.sequences, targets)
         last = users.diff(append=users.new_tensor([-1])) != 0
         return TrainingSamples(self.sequences, targets[last], self.max_length)
 
     def validation(self) -> EvaluationSamples:
-        """Samples of ``history`` (T,), ``target`` () and ``seen`` (S,), the whole history: one a target."""
+        """Samples of ``history`` (T,), ``seen`` (S,), all of it, ``target`` () and ``user`` (): one a target."""
         return EvaluationSamples(self.sequences, self.targets(VALIDATION), self.max_length)
 
     def test(self) -> EvaluationSamples:
         """As :meth:`validation`, of later targets."""
         return EvaluationSamples(self.sequences, self.targets(TEST), self.max_length)
+
+    def prediction(self) -> HistorySamples:
+        """Samples of ``history``, ``seen`` and ``user``, up to now and without a target: one a user."""
+        users = torch.arange(len(self.sequences))
+        return HistorySamples(self.sequences, users, self.sequences.offsets[1:], self.max_length)
 
     def targets(self, label: int) -> Tensor:
         """Positions of the targets of a split in ``sequences.items``, user after user, oldest first."""
@@ -169,39 +174,63 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.items = sequences.items
         self.times = sequences.times
-        begin = torch.maximum(_first_of_user(sequences, targets), targets - max_length)
+        self.users = _users(sequences, targets)
+        begin = torch.maximum(sequences.offsets[self.users], targets - max_length)
         self.windows = list(zip(begin.tolist(), targets.tolist(), strict=True))
         self.last_target_only = last_target_only
 
     def __len__(self) -> int:
         return len(self.windows)
 
+    def lengths(self) -> list[int]:
+        """How many positions each sample has."""
+        return [target - begin for begin, target in self.windows]
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         begin, target = self.windows[index]
         targets = self.items[begin + 1 : target + 1]
         if self.last_target_only:
             targets = torch.full_like(targets, PADDING).index_copy(0, torch.tensor([target - begin - 1]), targets[-1:])
-        sample = {"history": self.items[begin:target], "targets": targets}
+        sample = {"history": self.items[begin:target], "targets": targets, "user": self.users[index]}
         return sample if self.times is None else sample | {"times": self.times[begin:target]}
 
 
-class EvaluationSamples(Dataset[dict[str, Tensor]]):
-    """Targets, given by their positions in ``sequences.items``, and what came before them."""
+class HistorySamples(Dataset[dict[str, Tensor]]):
+    """What users did until some time.
 
-    def __init__(self, sequences: UserSequences, targets: Tensor, max_length: int) -> None:
+    Args:
+        sequences: the items of the users.
+        users: (samples,) numbers of users, from 0.
+        ends: (samples,) positions in ``sequences.items``; what the user did before is in the sample.
+        max_length: how many positions at most a history has.
+    """
+
+    def __init__(self, sequences: UserSequences, users: Tensor, ends: Tensor, max_length: int) -> None:
         self.items = sequences.items
         self.times = sequences.times
-        self.windows = list(zip(_first_of_user(sequences, targets).tolist(), targets.tolist(), strict=True))
+        self.users = users
+        self.windows = list(zip(sequences.offsets[users].tolist(), ends.tolist(), strict=True))
         self.max_length = max_length
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        begin, target = self.windows[index]
-        seen = self.items[begin:target]
-        sample = {"history": seen[-self.max_length :], "target": self.items[target], "seen": seen}
-        return sample if self.times is None else sample | {"times": self.times[begin:target][-self.max_length :]}
+        begin, end = self.windows[index]
+        seen = self.items[begin:end]
+        sample = {"history": seen[-self.max_length :], "seen": seen, "user": self.users[index]}
+        return sample if self.times is None else sample | {"times": self.times[begin:end][-self.max_length :]}
+
+
+class EvaluationSamples(HistorySamples):
+    """Targets, given by their positions in ``sequences.items``, and what came before them."""
+
+    def __init__(self, sequences: UserSequences, targets: Tensor, max_length: int) -> None:
+        super().__init__(sequences, _users(sequences, targets), targets, max_length)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        _, target = self.windows[index]
+        return super().__getitem__(index) | {"target": self.items[target]}
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -252,15 +281,15 @@ def _check_labels(labels: Tensor, targets: Tensor, sequences: UserSequences) -> 
                 f"labels go back in time: a target of split {label} or before is at {int(earlier.max())}, one of a "
                 f"later split at {int(later.min())} already. Label by time, or leave labels out for a cut."
             )
-    users = torch.searchsorted(sequences.offsets, targets, right=True)
+    users = _users(sequences, targets)
     falls = (labels[targets].diff() < 0) & (users.diff() == 0)
     if falls.any():
         raise ValueError(
-            f"labels go back in the sequence of user {int(users[int(falls.nonzero()[0])])}, at equal times: "
+            f"labels go back in the sequence of user {int(users[int(falls.nonzero()[0])]) + 1}, at equal times: "
             "a target must not train after one that is held out."
         )
 
 
-def _first_of_user(sequences: UserSequences, positions: Tensor) -> Tensor:
-    """Where the user begins who owns each position."""
-    return sequences.offsets[torch.searchsorted(sequences.offsets, positions, right=True) - 1]
+def _users(sequences: UserSequences, positions: Tensor) -> Tensor:
+    """Numbers, from 0, of the users who own the positions."""
+    return torch.searchsorted(sequences.offsets, positions, right=True) - 1

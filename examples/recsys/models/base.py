@@ -1,9 +1,11 @@
 """What all recommenders share: evaluation by the protocol, and training on the next item."""
 
 from abc import abstractmethod
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -15,19 +17,33 @@ Batch = dict[str, Tensor]
 TOP_K = (5, 10)
 
 
+class Recommendations(NamedTuple):
+    """The best items for the users of a batch, best first.
+
+    ``user`` (B,) int64 from 0; ``items`` (B, K) ids, 0 where there are fewer than K; ``scores`` (B, K), -inf there.
+    """
+
+    user: Tensor
+    items: Tensor
+    scores: Tensor
+
+
 class Recommender(L.LightningModule):
     """A model that scores the whole catalogue for a history, judged by Recall@K and NDCG@K of the next item.
 
     Logs ``val/ndcg@10`` and the like, and in a test ``test/masked/...`` (items of the history are left out of the
-    ranking) and ``test/unmasked/...`` (they compete).
+    ranking) and ``test/unmasked/...`` (they compete). ``Trainer.predict`` gives :class:`Recommendations`.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
-        mask_history: whether validation leaves the items of the history out.
+        mask_history: whether validation and recommendations leave the items of the history out.
 
     Raises:
-        ValueError: if ``num_items`` is below 2.
+        ValueError: if ``num_items`` is below 2, or a checkpoint is of a catalogue of another size.
     """
+
+    num_recommendations = 10
+    """How many items ``Trainer.predict`` gives a user."""
 
     def __init__(self, num_items: int, mask_history: bool = True) -> None:
         super().__init__()
@@ -54,6 +70,27 @@ class Recommender(L.LightningModule):
         scores = self.score_batch(batch)
         self._evaluate(self.test_masked, scores, batch, masked=True)
         self._evaluate(self.test_unmasked, scores, batch, masked=False)
+
+    def predict_step(self, batch: Batch, batch_index: int) -> Recommendations:
+        scores = self.score_batch(batch).float()
+        scores = F.pad(scores.masked_fill(scores.isnan(), -torch.inf), (1, 0), value=-torch.inf)  # column 0 is padding
+        if self.mask_history:
+            scores = scores.scatter(1, batch["seen"], -torch.inf)
+        best, items = scores.topk(min(self.num_recommendations, self.num_items))
+        return Recommendations(batch["user"], items.masked_fill(best == -torch.inf, PADDING), best)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["num_items"] = self.num_items
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint.get("num_items", checkpoint.get("hyper_parameters", {}).get("num_items", self.num_items))
+        if found != self.num_items:
+            raise ValueError(
+                f"The checkpoint is of a catalogue of {found} items, but the data have {self.num_items}: give the data "
+                "that it was trained on, or a checkpoint of this catalogue."
+            )
 
     def _evaluate(self, metrics: MetricCollection, scores: Tensor, batch: Batch, masked: bool) -> None:
         # Column j is item j + 1, so the padding id 0 becomes the -1 that target_ranks skips.

@@ -1,0 +1,92 @@
+"""What generative recommenders share: items as semantic ids, and beam search over those of the catalogue."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.recsys.data.sequences import PADDING
+from examples.recsys.decoding import NextLogProbs, PrefixTree, beam_search, item_scores
+from examples.recsys.models.base import Batch, Recommender
+from examples.recsys.models.layers import check_positive
+from examples.recsys.semantic_ids.codes import SemanticIds
+
+
+class GenerativeRecommender(Recommender):
+    """A recommender that writes the codes of the next item one after the other, and only those of real items.
+
+    An item's score is the log-probability of its codes, or -inf where no beam reached it. Items with equal codes tie,
+    which counts against the model.
+
+    Args:
+        num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
+        semantic_ids: path of the codes of all items, as :meth:`SemanticIds.read` reads them.
+        num_beams: beams of the search; a target that none of them reaches counts as ranked last.
+        mask_history: whether validation leaves the items of the history out of the ranking.
+        **kwargs: of the classes that come after in the order of resolution.
+
+    Raises:
+        FileNotFoundError: if there are no such codes.
+        ValueError: if they are of another catalogue, or ``num_beams`` is below 1.
+    """
+
+    codes: Tensor
+    """(num_items + 1, levels) int64, by item id; the padding has zeros."""
+
+    def __init__(self, num_items: int, semantic_ids: str, num_beams: int = 50, mask_history: bool = True) -> None:
+        super().__init__(num_items=num_items, mask_history=mask_history)
+        check_positive(num_beams=num_beams)
+        self.num_beams = num_beams
+        ids = SemanticIds.read(semantic_ids, num_items)
+        self.levels = ids.levels
+        self.codebook_size = ids.codebook_size
+        self.register_buffer("codes", torch.cat([ids.codes.new_zeros(1, ids.levels), ids.codes]))
+        self.tree = PrefixTree(ids.codes, ids.codebook_size)
+
+    @abstractmethod
+    def next_code_scorer(self, batch: Batch) -> NextLogProbs:
+        """What scores the next code of the beams of each user of a batch; what all beams share is computed here."""
+
+    def forward(self, history: Tensor) -> Tensor:
+        return self.score_batch({"history": history})
+
+    def score_batch(self, batch: Batch) -> Tensor:
+        history = batch["history"]
+        empty = (history == PADDING).all(1)
+        if bool(empty.any()):
+            row = int(empty.nonzero()[0])
+            raise ValueError(f"The history in row {row} of the batch has no item: there is nothing to predict from.")
+        scorer = self.next_code_scorer(batch)
+        leaves, scores = beam_search(scorer, self.tree, len(history), self.num_beams)
+        return item_scores(leaves, scores, self.tree)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        codes = checkpoint["state_dict"].get("codes")
+        if codes is None or not torch.equal(codes.cpu(), self.codes.cpu()):
+            raise ValueError(
+                "The checkpoint was trained on other semantic ids than those of semantic_ids: its codes would mean "
+                "other items. Give the file it was trained with, or train anew."
+            )
+
+
+def draw_targets(history: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """One target of each row, all equally likely, and the history before it: (B, T) twice -> (B, T), (B,)."""
+    drawn = (targets != PADDING).float().multinomial(1)
+    later = torch.arange(history.shape[1], device=history.device) > drawn
+    return history.masked_fill(later, PADDING), targets.gather(1, drawn).squeeze(1)
+
+
+def token_log_probs(states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+    """Log-probabilities (..., C) of the tokens (C,) after states (..., d), among the whole vocabulary; float32.
+
+    ``weight`` (vocabulary, d) and ``bias`` (vocabulary,) or None are the output layer's.
+    """
+    # In bfloat16 codes share a few hundred different scores, and ties count against the model.
+    with torch.autocast(states.device.type, enabled=False):
+        logits = F.linear(states.float(), weight.float(), None if bias is None else bias.float())
+        return logits[..., tokens] - logits.logsumexp(-1, keepdim=True)

@@ -1,0 +1,155 @@
+"""Make semantic ids: ``python -m examples.recsys.semantic_ids fit --config configs/rqvae_synthetic.yaml``.
+
+``fit`` trains an RQ-VAE and writes the codes of its best checkpoint; ``kmeans`` makes them by RQ-k-means of the
+features, with the levels and codebook size of the model, and trains nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import rich
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from rich.table import Table
+from torch import Tensor
+
+from examples.recsys.semantic_ids.codes import SemanticIds
+from examples.recsys.semantic_ids.collisions import add_collision_digit, balance_last_level
+from examples.recsys.semantic_ids.features import ItemFeatures
+from examples.recsys.semantic_ids.kmeans import residual_kmeans
+from examples.recsys.semantic_ids.quality import QuantizationQuality
+from examples.recsys.semantic_ids.quantization import Quantization
+from examples.recsys.semantic_ids.rqvae import RQVAE
+from lightning_muon import MuonCLI
+from lightning_muon.cli import PartitionTrainer
+
+
+@dataclass
+class CodesFile:
+    """Where codes go, and how items with the same codes are told apart.
+
+    Args:
+        path: a CSV file ``item,c1,c2,...``, items from 1; gzipped if it ends in ``.gz``. Missing folders are made.
+        uniqueness: ``digit``: one more level counts items with the same codes. ``sinkhorn``: they share out the codes
+            of the last level. ``none``: they keep their codes, and count as hits of each other.
+    """
+
+    path: str = "semantic_ids/codes.csv"
+    uniqueness: Literal["digit", "sinkhorn", "none"] = "digit"
+
+    def unique(self, quantization: Quantization) -> Tensor:
+        """Codes (N, levels or one more)."""
+        if self.uniqueness == "digit":
+            return add_collision_digit(quantization.codes)
+        if self.uniqueness == "sinkhorn":
+            return balance_last_level(quantization.codes, quantization.last_level_distances())
+        return quantization.codes
+
+
+class KMeansTrainer(PartitionTrainer):
+    """A Trainer whose method ``kmeans`` is a subcommand. Its result is in ``quantization``."""
+
+    quantization: Quantization
+
+    def kmeans(self, model: RQVAE, datamodule: ItemFeatures, max_iterations: int = 100, seed: int = 0) -> None:
+        """RQ-k-means of the features, with the levels and codebook size of the model; nothing is trained.
+
+        Args:
+            model: says how many levels and codes there are.
+            datamodule: the features.
+            max_iterations: of Lloyd's algorithm a level.
+            seed: decides the first centroids.
+        """
+        datamodule.prepare_data()
+        features = datamodule.features().to(self.strategy.root_device)
+        codes, codebooks = residual_kmeans(features, model.levels, model.codebook_size, max_iterations, seed)
+        self.quantization = Quantization(features, codes, codebooks)
+
+
+class SemanticIdsCLI(MuonCLI):
+    """:class:`lightning_muon.MuonCLI` that writes codes after ``fit`` and ``kmeans``; they are then in ``ids``."""
+
+    ids: SemanticIds
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of :class:`lightning_muon.MuonCLI`, and ``kmeans``."""
+        return {**MuonCLI.subcommands(), "kmeans": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``--codes.path`` and ``--codes.uniqueness``."""
+        parser.add_class_arguments(CodesFile, "codes")
+
+    def after_fit(self) -> None:
+        if self.trainer.fast_dev_run:
+            return
+        callback = self.trainer.checkpoint_callback
+        if callback is not None and callback.best_model_path:
+            self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
+        model = self.model.eval()
+        features = self.datamodule.features().to(model.device)
+        self._write(model.quantize(features), features, model.decode)
+
+    def after_kmeans(self) -> None:
+        quantization = self.trainer.quantization
+        self._write(quantization, quantization.vectors, quantization.sums)
+
+    def _write(self, quantization: Quantization, features: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        file: CodesFile = self._get(self.config_init, "codes")
+        unique = file.unique(quantization)
+        self.ids = SemanticIds(unique.cpu())
+        self.ids.write(file.path)
+        levels, size = quantization.codebooks.shape[:2]
+        reports = []
+        for codes in (quantization.codes, unique):
+            quality = QuantizationQuality(features.shape[1], size, sync_on_compute=False).to(features.device)
+            quality.update(features, decode(codes[:, :levels]), codes)
+            reports.append({name: float(value) for name, value in quality.compute().items()})
+        title = f"Semantic ids of {self.ids.num_items} items, in {file.path}"
+        rich.get_console().print(comparison(title, f"after {file.uniqueness}", *reports, shared_rows(features)))
+
+
+def comparison(title: str, resolved: str, before: dict[str, float], after: dict[str, float], bound: int) -> Table:
+    """A row a figure of :class:`QuantizationQuality`: of the quantizer's codes, and of those that were written."""
+    table = Table("", "quantized", resolved, title=title)
+    table.caption = f"{bound} items share all their features with another"
+    for name, value in after.items():
+        text = ".0f" if name == "collisions" else ".4f"
+        before_text = format(before[name], text) if name in before else "-"
+        table.add_row(_label(name), before_text, format(value, text))
+    return table
+
+
+def shared_rows(features: Tensor) -> int:
+    """How many rows (N, D) equal another: no codes of these features tell them apart."""
+    _, index, counts = features.unique(dim=0, return_inverse=True, return_counts=True)
+    return int((counts[index] > 1).sum())
+
+
+def _label(name: str) -> str:
+    if name.startswith("use_"):
+        return f"share of the codes in use, level {name.removeprefix('use_')}"
+    return {
+        "reconstruction": "mean squared error of a feature",
+        "explained": "share of the variance explained",
+        "collisions": "items that share their codes",
+    }[name]
+
+
+def main(args: ArgsType = None, run: bool = True) -> SemanticIdsCLI:
+    """Run the command line, or ``args`` in its place; without ``run`` they have no subcommand, and nothing is run."""
+    return SemanticIdsCLI(
+        RQVAE,
+        ItemFeatures,
+        links=["num_features"],
+        subclass_mode_data=True,
+        trainer_class=KMeansTrainer,
+        args=args,
+        run=run,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Every configuration of a recommender that ships makes a model and its data."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+from pydoc import locate
+
+import pytest
+import torch
+import yaml
+
+from examples.recsys.__main__ import main
+from examples.recsys.models import Recommender
+from examples.recsys.semantic_ids.codes import SemanticIds
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECOMMENDERS = sorted(path for path in CONFIGS.glob("*.yaml") if "-m examples.recsys fit" in path.read_text())
+SETS = ("synthetic", "beauty", "toys", "sports", "industrial", "office")
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """One for all files: to make it takes longer than to parse a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["examples.recsys"])
+        return main(["--config", str(CONFIGS / "sasrec_synthetic.yaml"), "--trainer.logger=false"], run=False).parser
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECOMMENDERS, ids=lambda path: path.stem)
+def test_a_configuration_is_complete(parser, path, tmp_path):
+    config = parser.parse_args(["--config", str(path)])
+    settings = config.model.init_args
+    if "semantic_ids" in settings:  # that file is made by a command of its own
+        data = locate(config.data.class_path)(**config.data.init_args.as_dict())
+        codes = torch.arange(data.num_items)
+        SemanticIds(torch.stack([codes // 256, codes % 256], 1)).write(tmp_path / "codes.csv")
+        settings.semantic_ids = str(tmp_path / "codes.csv")
+    if "checkpoint" in settings:  # pretrained weights are on the web
+        settings.checkpoint = None
+    made = parser.instantiate_classes(config)
+    assert isinstance(made.model, Recommender)
+    assert (made.model.num_items, made.model.mask_history) == (made.data.num_items, made.data.mask_history)
+    assert {assignment.group for assignment in made.model.partition().assignments} == {"matrix", "other"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpu", {"accelerator": "gpu", "precision": "bf16-mixed"}),
+        ("cpu_small", {"accelerator": "cpu", "max_epochs": 2}),
+    ],
+)
+def test_pieces_for_the_trainer_combine_with_a_model_and_an_optimizer(parser, name, expected):
+    files = ("hstu_beauty.yaml", "optimizer/normuon.yaml", f"trainer/{name}.yaml")
+    config = parser.parse_args([word for file in files for word in ("-c", str(CONFIGS / file))])
+    assert config.model.class_path == "examples.recsys.models.HSTU"
+    assert config.model.init_args.matrix_optimizer.class_path == "lightning_muon.NorMuon"
+    assert expected.items() <= config.trainer.as_dict().items()
+    assert config.trainer.logger.init_args.name == "hstu_beauty"
+
+
+@pytest.mark.parametrize("path", RECOMMENDERS, ids=lambda path: path.stem)
+def test_a_configuration_says_how_to_run_it_and_logs_under_its_name(path):
+    text = path.read_text()
+    comment = re.match(r"(#.*\n)+", text)[0]
+    assert re.search(rf"fit (-c|--config) configs/{path.name}\b", comment)
+    assert yaml.safe_load(text)["trainer"]["logger"]["init_args"]["name"] == path.stem
+
+
+def test_there_is_one_a_model_and_data_set():
+    names = {f"{model}_{data}" for model, data in product(("sasrec", "hstu", "gru4rec", "caser"), SETS)}
+    names |= {f"{model}_paper_{data}" for model, data in product(("sasrec", "gru4rec", "caser"), SETS[-2:])}
+    names |= {"sasrec_ml1m", "hstu_ml1m"}
+    assert names - {path.stem for path in RECOMMENDERS} == set()

@@ -1,0 +1,185 @@
+"""The command line that makes semantic ids."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc import locate
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples.recsys.semantic_ids.__main__ import CodesFile, main, shared_rows
+from examples.recsys.semantic_ids.codes import SemanticIds
+from examples.recsys.semantic_ids.features import ItemFeatures
+from examples.recsys.semantic_ids.kmeans import residual_kmeans
+from examples.recsys.semantic_ids.quantization import Quantization
+from examples.recsys.semantic_ids.rqvae import RQVAE
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+SYNTHETIC = ["--config", str(CONFIGS / "rqvae_synthetic.yaml"), "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["examples.recsys.semantic_ids"])
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """One for all files: to make it takes longer than to parse a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["examples.recsys.semantic_ids"])
+        return main([*SYNTHETIC, "--trainer.logger=false"], run=False).parser
+
+
+def test_fit_writes_the_codes_of_its_best_checkpoint_and_reports(capsys):
+    cli = main(["fit", *SYNTHETIC, "--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=1"])
+    printed = capsys.readouterr().out
+    assert "share of the codes in use, level 4" in printed
+    assert "encoder.*.weight" in printed
+    written = SemanticIds.read("semantic_ids/synthetic.csv", num_items=500)
+    (checkpoint,) = Path("logs").rglob("best-*.ckpt")
+    best = RQVAE.load_from_checkpoint(checkpoint, weights_only=True)
+    assert torch.equal(written.codes, cli.ids.codes)
+    assert torch.equal(written.codes[:, :3], best.codes(cli.datamodule.features()))
+    assert (written.levels, written.collisions()) == (4, 0)
+
+
+def test_without_a_checkpoint_the_last_weights_count():
+    options = ["--trainer.callbacks=null", "--trainer.enable_checkpointing=false", "--trainer.logger=false"]
+    cli = main(
+        ["fit", *SYNTHETIC, "--trainer.max_epochs=1", *options, "--codes.uniqueness=none", "--codes.path=a.csv.gz"]
+    )
+    codes = cli.model.codes(cli.datamodule.features())
+    assert torch.equal(SemanticIds.read("a.csv.gz", num_items=500).codes, codes)
+
+
+def test_kmeans_trains_nothing_and_writes_codes(capsys):
+    cli = main(["kmeans", *SYNTHETIC, "--codes.path=km.csv", "--seed=4"])
+    expected, _ = residual_kmeans(cli.datamodule.features(), levels=3, codebook_size=16, seed=4)
+    assert torch.equal(SemanticIds.read("km.csv", num_items=500).codes[:, :3], expected)
+    assert "share of the variance explained" in capsys.readouterr().out
+    assert not Path("logs").exists()
+
+
+def test_size_of_the_features_comes_from_the_data():
+    cli = main(["partition", *SYNTHETIC, "--data.num_clusters=6"])
+    assert cli.model.encoder[0].in_features == cli.datamodule.num_features == 3
+
+
+class TestUniqueness:
+    """Three items around two code vectors, two of them with the same codes."""
+
+    QUANTIZATION = Quantization(
+        vectors=torch.tensor([[1.0, 0.0], [1.1, 0.0], [0.0, 1.0]]),
+        codes=torch.tensor([[0, 0], [0, 0], [1, 0]]),
+        codebooks=torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.1, 0.0]]]),
+    )
+
+    @pytest.mark.parametrize(
+        ("uniqueness", "expected"),
+        [
+            ("digit", [[0, 0, 0], [0, 0, 1], [1, 0, 0]]),
+            ("sinkhorn", [[0, 0], [0, 1], [1, 0]]),
+            ("none", [[0, 0], [0, 0], [1, 0]]),
+        ],
+    )
+    def test_each_way_gives_its_codes(self, uniqueness, expected):
+        assert CodesFile(uniqueness=uniqueness).unique(self.QUANTIZATION).tolist() == expected
+
+    def test_distances_of_the_last_level_are_those_of_what_is_left(self):
+        left = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
+        distances: Tensor = self.QUANTIZATION.last_level_distances()
+        torch.testing.assert_close(distances, torch.cdist(left, self.QUANTIZATION.codebooks[1]).square())
+
+    def test_the_command_line_takes_it(self):
+        cli = main(["kmeans", *SYNTHETIC, "--codes.uniqueness=sinkhorn", "--model.codebook_size=32"])
+        assert (cli.ids.levels, cli.ids.collisions()) == (3, 0)
+
+
+def test_rows_that_equal_another_are_counted():
+    assert shared_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [1.0, 2.0], [5.0, 6.0]])) == 3
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("rq*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_is_complete(parser, path):
+    """All but the files that it reads and the encoder of texts are made of it."""
+    command = "kmeans" if path.stem.startswith("rqkmeans") else "fit"
+    assert f"python -m examples.recsys.semantic_ids {command} --config configs/{path.name}" in path.read_text()
+    config = parser.parse_args(["--config", str(path)])
+    assert issubclass(locate(config.data.class_path), ItemFeatures)
+    assert config.codes.path.startswith("semantic_ids/")
+    assert config.model.levels == 3
+    if command == "fit":
+        assert config.model.matrix_optimizer.class_path == "lightning_muon.Muon"
+        assert config.trainer.callbacks[0].init_args.monitor == "val/collisions"
+
+
+def test_unknown_ways_of_uniqueness_are_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["kmeans", *SYNTHETIC, "--codes.uniqueness=hash"])
+    assert "sinkhorn" in capsys.readouterr().err
+
+
+def test_a_missing_file_of_attributes_gets_a_sentence():
+    with pytest.raises(FileNotFoundError, match=r"path='nowhere.gz' does not exist"):
+        main(["kmeans", "--config", str(CONFIGS / "rqkmeans_beauty.yaml"), "--data.path=nowhere.gz"])
+
+
+@pytest.mark.slow
+def test_the_synthetic_configuration_uses_its_codebooks():
+    cli = main(["fit", *SYNTHETIC])
+    first = cli.ids.codes[:, :3]
+    assert min(len(level.unique()) for level in first.T) >= 15
+    assert len(first.unique(dim=0)) > 300
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_two_processes_keep_the_same_codebooks_and_count_every_item_once(tmp_path):
+    """Codebooks are set and replaced by all processes together: DDP would not even them out."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    environment["CONFIG"] = str(CONFIGS / "rqvae_synthetic.yaml")
+    command = [sys.executable, str(script)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["codebooks"], second["codebooks"])
+    assert torch.equal(first["counts"], second["counts"])
+    assert first["counts"].sum(1).tolist() == [502] * 3  # 501 items, one of them twice to even out the processes
+    assert first["collisions"] == second["collisions"] == SemanticIds(first["codes"]).collisions()
+
+
+SCRIPT = """
+import os
+import torch
+from examples.recsys.semantic_ids.__main__ import main
+
+if __name__ == "__main__":
+    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=1", "--trainer.callbacks=null"]
+    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
+    options += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+    options += ["--data.num_clusters=167", "--data.items_per_cluster=3"]
+    cli = main(["fit", "--config", os.environ["CONFIG"], *options])
+    model = cli.model
+    torch.save(
+        {
+            "codebooks": model.quantizer.codebooks.detach(),
+            "counts": model.counts,
+            "codes": model.codes(cli.datamodule.features()),
+            "collisions": float(cli.trainer.callback_metrics["val/collisions"]),
+        },
+        f"rank{cli.trainer.global_rank}.pt",
+    )
+"""

@@ -90,8 +90,9 @@ class RankMetric(Metric):
 
     def update(self, ranks: Tensor) -> None:
         """Add a batch of ranks (B,), 1 for the best, from :func:`target_ranks`."""
-        self.total += self.value(ranks).sum()
-        self.count += ranks.numel()
+        # Not in place: `Trainer.validate` resets in inference mode, and a `fit` could not change what that leaves.
+        self.total = self.total + self.value(ranks).sum()
+        self.count = self.count + ranks.numel()
 
     def compute(self) -> Tensor:
         """The mean over all samples of all processes; NaN where there was none."""

@@ -238,6 +238,15 @@ class TestEvaluation:
         assert metrics["test/unmasked/recall@10"] == pytest.approx(0.5)
         assert metrics["test/unmasked/ndcg@10"] == pytest.approx(0.25)
 
+    def test_a_model_may_be_validated_before_it_is_fitted_and_fitted_on(self):
+        data = SyntheticSequences(num_users=50, num_clusters=10, items_per_cluster=3)
+        model, trainer = SASRec(data.num_items, hidden_size=8), L.Trainer(**{**QUIET, "max_epochs": 1})
+        trainer.validate(model, data, verbose=False)
+        trainer.fit(model, data)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(model, data)
+        assert trainer.callback_metrics["val/recall@10"] > 0.0
+
     def test_popularity_ranks_by_training_counts(self):
         data = small_data()
         (metrics,) = L.Trainer(**QUIET).test(Popularity(data.num_items), datamodule=data, verbose=False)

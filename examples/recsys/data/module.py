@@ -4,12 +4,11 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from examples.recsys.data.protocol import EvaluationProtocol, LeaveOneOut, Samples, collate
-from examples.recsys.data.sampling import LengthGroupedSampler
+from examples.recsys.data.sampling import LengthGroupedSampler, evaluation_sampler
 from examples.recsys.data.sequences import UserSequences
 
 
@@ -113,12 +112,7 @@ class SequenceDataModule(L.LightningDataModule):
         return self.protocol
 
     def _evaluation_loader(self, dataset: Dataset[dict[str, Tensor]]) -> DataLoader[dict[str, Tensor]]:
-        # The sampler that Lightning would insert repeats users to even out the processes, and they would count twice.
-        sampler: Sampler[int] | None = None
-        if self.trainer is not None and self.trainer.world_size > 1:
-            sampler = UnrepeatedDistributedSampler(
-                dataset, num_replicas=self.trainer.world_size, rank=self.trainer.global_rank, shuffle=False
-            )
+        sampler = evaluation_sampler(dataset, self.trainer)
         return self._loader(dataset, batch_size=self.eval_batch_size, sampler=sampler)
 
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **kwargs: Any) -> DataLoader[dict[str, Tensor]]:

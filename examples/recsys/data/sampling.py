@@ -1,12 +1,15 @@
-"""The order in which training samples are taken."""
+"""The order in which samples are taken, and how processes share them out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from lightning import Trainer
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import Dataset, Sampler
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -53,3 +56,15 @@ class LengthGroupedSampler(Sampler[int]):
         batches = torch.cat([pool[self.lengths[pool].argsort()] for pool in pools]).view(-1, self.batch_size)
         yield from batches[torch.randperm(len(batches), generator=generator)].flatten().tolist()
         yield from order[complete:].tolist()
+
+
+def evaluation_sampler(dataset: Dataset[Any], trainer: Trainer | None) -> Sampler[int] | None:
+    """What gives each of several processes its part of a data set, in order, and no sample twice; None for one alone.
+
+    The sampler that Lightning would insert repeats samples to even out the processes, and they would count twice.
+    """
+    if trainer is None or trainer.world_size == 1:
+        return None
+    return UnrepeatedDistributedSampler(
+        dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False
+    )

@@ -14,11 +14,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from examples.recsys.data.sampling import evaluation_sampler
 from examples.recsys.models.layers import check_positive
 
 
@@ -70,15 +70,7 @@ class ItemFeatures(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of all items, in order; codes are learned for these very items, so none is held out."""
-        # The sampler that Lightning would insert repeats items to even out the processes: they would share their codes.
-        sampler: Sampler[int] | None = None
-        if self.trainer is not None and self.trainer.world_size > 1:
-            sampler = UnrepeatedDistributedSampler(
-                _Rows(self._features),
-                num_replicas=self.trainer.world_size,
-                rank=self.trainer.global_rank,
-                shuffle=False,
-            )
+        sampler = evaluation_sampler(_Rows(self._features), self.trainer)
         return self._loader(batch_size=self.eval_batch_size, sampler=sampler)
 
     @cached_property

@@ -30,8 +30,8 @@ class RecommenderCLI(MuonCLI):
     They are then in ``test_metrics`` and ``baseline_metrics``. ``predict`` has a :class:`RecommendationWriter`, which
     ``--recommendations.path`` and the like set up.
 
-    With ``--ckpt_path`` Lightning takes the settings of the model from the checkpoint, whatever else is given, but for
-    those that are of use and not of training: ``semantic_ids``, the path of the codes, and ``num_beams``.
+    With ``--ckpt_path`` Lightning takes the settings of the model from the checkpoint, whatever else is given. Here
+    those that are of use and not of training may be given: ``semantic_ids``, the path of the codes, and ``num_beams``.
     """
 
     test_metrics: Mapping[str, float]
@@ -42,21 +42,35 @@ class RecommenderCLI(MuonCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        settings = _model_settings(self.config)
-        self._given = {name: settings[name] for name in SETTINGS_OF_USE if settings.get(name) is not None}
+        self._given = Namespace()
+        if _settings(self.config).get("ckpt_path"):
+            parse = parser.parse_object if isinstance(args, (dict, Namespace)) else parser.parse_args
+            self._given = _settings(parse(args, defaults=False)).get("model") or Namespace()
 
     def before_instantiate_classes(self) -> None:
-        settings = _model_settings(self.config)
-        for name in self._given.keys() & settings.keys():
-            settings[name] = self._given[name]
+        # By now Lightning has replaced the settings of the model by those of the checkpoint.
+        model, given = _settings(self.config).get("model"), self._given
+        if given.get("class_path", model.class_path) != model.class_path:
+            raise ValueError(
+                f"The checkpoint is of {model.class_path}, but {given.class_path} was given: leave the model out, or "
+                "give a checkpoint of it."
+            )
+        for name in SETTINGS_OF_USE:
+            if name in given.get("init_args", {}):
+                model.init_args[name] = given.init_args[name]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self.subcommand == "predict":
+        if self.subcommand not in (None, "fit"):
             self.save_config_callback = None  # without a logger it would refuse to overwrite that of the fit
         return super().instantiate_trainer(**kwargs)
 
     def before_predict(self) -> None:
         settings = self.config_init["predict"]
+        if settings["ckpt_path"] is None and any(True for _ in self.model.parameters()):
+            raise ValueError(
+                f"predict needs --ckpt_path, the checkpoint of a fit: this {type(self.model).__name__} has random "
+                "weights."
+            )
         if settings["return_predictions"] is None:
             settings["return_predictions"] = False  # the file has them, and they would all be kept in memory
 
@@ -91,10 +105,9 @@ def comparison(name: str, metrics: Mapping[str, float], baseline: Mapping[str, f
     return table
 
 
-def _model_settings(config: Namespace) -> Namespace:
-    """``model.init_args``, of a subcommand or not; empty where no model is given."""
-    model = config.get(config.get("subcommand") or "", config).get("model")
-    return Namespace() if model is None else model.init_args
+def _settings(config: Namespace) -> Namespace:
+    """The settings of the subcommand; those at the top where there is none."""
+    return config.get(config.get("subcommand") or "", config)
 
 
 def main(args: ArgsType = None, run: bool = True) -> RecommenderCLI:

@@ -40,7 +40,7 @@ def reference_states(model: HSTU, items: list[int], times: list[int] | None) -> 
     weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     heads, width = model.blocks[0].num_heads, weights["embedding.items.weight"].shape[1]
     states = [
-        math.sqrt(width) * (weights["embedding.items.weight"][item] + weights["embedding.positions.weight"][position])
+        math.sqrt(width) * weights["embedding.items.weight"][item] + weights["embedding.positions.weight"][position]
         for position, item in enumerate(items)
     ]
     for number in range(len(model.blocks)):

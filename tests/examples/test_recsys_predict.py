@@ -237,6 +237,29 @@ class TestCheckpointOfAnotherCatalogue:
         L.Trainer(**QUIET).predict(model_class(30), datamodule=data, ckpt_path=path)
 
 
+class TestItemsInAnotherOrder:
+    """New rows may number the same items differently, and nothing else would tell."""
+
+    @staticmethod
+    def data(path: Path, first: str) -> Interactions:
+        events = [(user, item) for user in "ab" for item in "wxyz"]
+        events.sort(key=lambda event: event[1] != first)
+        rows = [f"{user},{item},{time}" for time, (user, item) in enumerate(events)]
+        path.write_text("\n".join(["user,item,timestamp", *rows]))
+        return Interactions(str(path), max_length=5)
+
+    def test_are_refused_and_the_same_order_is_not(self, tmp_path):
+        monday, tuesday = self.data(tmp_path / "monday.csv", "w"), self.data(tmp_path / "tuesday.csv", "z")
+        trainer = L.Trainer(**{**QUIET, "max_epochs": 1})
+        trainer.fit(SASRec(4, max_length=5, hidden_size=4, num_heads=1), monday)
+        trainer.save_checkpoint(tmp_path / "model.ckpt")
+        model = SASRec.load_from_checkpoint(tmp_path / "model.ckpt")
+        L.Trainer(**QUIET).predict(model, datamodule=self.data(tmp_path / "again.csv", "w"))
+        for path in (None, tmp_path / "model.ckpt"):
+            with pytest.raises(ValueError, match="other items, or on items in another order, than Interactions has"):
+                L.Trainer(**QUIET).predict(model, datamodule=tuesday, ckpt_path=path)
+
+
 class TestCommandLine:
     def fit(self) -> Path:
         main(["fit", *SYNTHETIC, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"])
@@ -265,6 +288,25 @@ class TestCommandLine:
         with pytest.raises(ValueError, match="of a catalogue of 500 items, but the data have 70"):
             main(["predict", *SYNTHETIC, "--ckpt_path", str(checkpoint), "--data.num_clusters=7"])
 
+    def test_without_a_checkpoint_there_is_nothing_to_recommend(self):
+        with pytest.raises(ValueError, match=r"predict needs --ckpt_path.*SASRec has random weights"):
+            main(["predict", *SYNTHETIC, "--trainer.logger=false"])
+
+    def test_a_checkpoint_of_another_model_gets_a_sentence(self):
+        checkpoint = str(self.fit())
+        with pytest.raises(ValueError, match=r"checkpoint is of .*\.SASRec, but .*\.HSTU was given"):
+            main(["test", "--model=HSTU", "--data=SyntheticSequences", "--ckpt_path", checkpoint])
+
+    def test_a_checkpoint_of_another_length_gets_a_sentence(self):
+        checkpoint = str(self.fit())
+        with pytest.raises(ValueError, match="trained with max_length=15, but the model has max_length=7"):
+            main(["predict", *SYNTHETIC, "--ckpt_path", checkpoint, "--data.max_length=7"])
+
+    def test_a_checkpoint_can_be_tested_twice_without_a_logger(self):
+        command = ["test", *SYNTHETIC, "--ckpt_path", str(self.fit()), "--trainer.logger=false"]
+        main(command)
+        main(command)
+
     @pytest.mark.slow
     def test_beams_and_the_place_of_the_codes_are_not_those_of_the_training(self):
         data = SyntheticSequences(num_users=20)
@@ -273,12 +315,16 @@ class TestCommandLine:
         sizes = [f"--model.{name}=8" for name in ("hidden_size", "head_size", "feedforward_size")]
         common = ["--model=TIGER", "--data=SyntheticSequences", "--data.num_users=20", "--trainer.accelerator=cpu"]
         common += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-        cli = main(["fit", *common, *sizes, "--model.semantic_ids=codes.csv", "--trainer.max_steps=1"])
+        begin = [*sizes, "--model.semantic_ids=codes.csv", "--model.num_beams=7", "--trainer.max_steps=1"]
+        cli = main(["fit", *common, *begin])
         checkpoint = cli.trainer.checkpoint_callback.best_model_path
         Path("codes.csv").rename("moved.csv")
         used = ["--model.semantic_ids=moved.csv", "--model.num_beams=40", "--recommendations.top_k=30"]
         cli = main(["predict", *common, *used, "--ckpt_path", checkpoint])
         assert (cli.model.num_beams, cli.model.hparams.hidden_size) == (40, 8)
+        # Where it is not given, it is that of the training and not the default.
+        again = main(["predict", *common, used[0], "--ckpt_path", checkpoint, "--recommendations.path=again.csv"])
+        assert again.model.num_beams == 7
         # Of 40 items at most 15 are in a history.
         assert set(map(len, recommended("recommendations.csv").values())) >= {30}
 
@@ -289,7 +335,10 @@ class TestCommandLine:
 def test_two_processes_recommend_to_every_user_once(tmp_path, monkeypatch):
     """37 users do not share out evenly; the files of the processes together have what one process writes."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.chdir(tmp_path)
+    cli = main(["fit", *SYNTHETIC, "--data.num_users=37", "--trainer.max_epochs=1"])
     command = [sys.executable, "-m", "examples.recsys", "predict", *SYNTHETIC, "--data.num_users=37"]
+    command += ["--ckpt_path", str(tmp_path / cli.trainer.checkpoint_callback.best_model_path)]
     command += ["--data.eval_batch_size=5", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     command += [f"--recommendations.path={tmp_path}/best.csv", f"--trainer.default_root_dir={tmp_path}"]
     for processes in (["--trainer.devices=1"], ["--trainer.devices=2", "--trainer.strategy=ddp"]):

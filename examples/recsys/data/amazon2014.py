@@ -5,6 +5,7 @@ The corpus is given for research use; cite McAuley et al. 2015, "Image-based rec
 
 import ast
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -110,6 +111,10 @@ class AmazonReviews2014(SequenceDataModule):
         # First, so that where there are sequences there are ASINs.
         _write_lines(self._asin_path, map(str, asins))
         sequences.write(self.path)
+
+    def item_fingerprint(self) -> str:
+        """A hash of all interactions: a download and another file of the same set number its items differently."""
+        return hashlib.sha256(self._split().sequences.items.numpy().tobytes()).hexdigest()
 
     def load_sequences(self) -> UserSequences:
         sequences = UserSequences.read(self.path, self.num_items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import math
 from collections.abc import Hashable, Iterator
 from datetime import UTC, date, datetime
@@ -101,6 +102,10 @@ class Interactions(SequenceDataModule):
     def user_names(self) -> list[str]:
         """The names of users 0, 1, ... in the file."""
         return [str(user) for user in self.user_ids]
+
+    def item_fingerprint(self) -> str:
+        """A hash of the names of the items in their order, which other rows may change."""
+        return hashlib.sha256("\n".join(map(repr, self.item_ids)).encode()).hexdigest()
 
     def load_sequences(self) -> UserSequences:
         return self._numbered.sequences

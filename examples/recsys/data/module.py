@@ -76,6 +76,10 @@ class SequenceDataModule(L.LightningDataModule):
         """What else is known of items 1, 2, ... as plain text; "" where nothing is."""
         return [""] * self.num_items
 
+    def item_fingerprint(self) -> str | None:
+        """What tells one numbering of the items from another; None where the source never numbers them differently."""
+        return None
+
     def user_names(self) -> list[str]:
         """What to call users 0, 1, ... in print: their numbers from 1, unless the source knows better."""
         return [str(user) for user in range(1, len(self._split().sequences) + 1)]

@@ -39,11 +39,15 @@ class Recommender(L.LightningModule):
         mask_history: whether validation and recommendations leave the items of the history out.
 
     Raises:
-        ValueError: if ``num_items`` is below 2, or a checkpoint is of a catalogue of another size.
+        ValueError: if ``num_items`` is below 2; if a checkpoint is of a catalogue of another size, or the data number
+            the items in another way than those of the training, where they tell; or if ``max_length`` differs.
     """
 
     num_recommendations = 10
     """How many items ``Trainer.predict`` gives a user."""
+
+    item_fingerprint: str | None = None
+    """What tells the numbering of the items in training; see :meth:`SequenceDataModule.item_fingerprint`."""
 
     def __init__(self, num_items: int, mask_history: bool = True) -> None:
         super().__init__()
@@ -79,17 +83,50 @@ class Recommender(L.LightningModule):
         best, items = scores.topk(min(self.num_recommendations, self.num_items))
         return Recommendations(batch["user"], items.masked_fill(best == -torch.inf, PADDING), best)
 
+    def on_fit_start(self) -> None:
+        self._check_items()
+
+    def on_validation_start(self) -> None:
+        self._check_items()
+
+    def on_test_start(self) -> None:
+        self._check_items()
+
+    def on_predict_start(self) -> None:
+        self._check_items()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["num_items"] = self.num_items
+        checkpoint["item_fingerprint"] = self.item_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("num_items", checkpoint.get("hyper_parameters", {}).get("num_items", self.num_items))
+        trained = checkpoint.get("hyper_parameters", {})
+        found = checkpoint.get("num_items", trained.get("num_items", self.num_items))
         if found != self.num_items:
             raise ValueError(
                 f"The checkpoint is of a catalogue of {found} items, but the data have {self.num_items}: give the data "
                 "that it was trained on, or a checkpoint of this catalogue."
+            )
+        found, mine = trained.get("max_length"), self.hparams.get("max_length")
+        if found != mine and None not in (found, mine):
+            raise ValueError(
+                f"The checkpoint was trained with max_length={found}, but the model has max_length={mine}, which it "
+                f"takes from the data: give the data max_length={found}."
+            )
+        self.item_fingerprint = checkpoint.get("item_fingerprint")
+
+    def _check_items(self) -> None:
+        """Remember what tells the numbering of the items, or compare it with that of the training."""
+        data = getattr(self.trainer, "datamodule", None)
+        found = data.item_fingerprint() if hasattr(data, "item_fingerprint") else None
+        if self.item_fingerprint is None and self.trainer.training:
+            self.item_fingerprint = found
+        elif found is not None and self.item_fingerprint not in (None, found):
+            raise ValueError(
+                f"The model was trained on other items, or on items in another order, than {type(data).__name__} has: "
+                "its scores would go to the wrong ones. Give the data that it was trained on, or train anew."
             )
 
     def _evaluate(self, metrics: MetricCollection, scores: Tensor, batch: Batch, masked: bool) -> None:

@@ -115,8 +115,8 @@ def next_code_scorer(model: PreTrainedModel, prompts: Tensor, real: Tensor, code
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     encoded = model.base_model(input_ids=prompts, attention_mask=real.long(), position_ids=positions, use_cache=True)
     cache, head = encoded.past_key_values, model.get_output_embeddings()
-    # Where peft trains some rows of the weight, they are put together here, once.
-    weight, bias = head.weight, getattr(head, "bias", None)
+    # Once: where peft trains some rows of the weight it puts them together, and scores are made in float32.
+    weight, bias = head.weight.float(), getattr(head, "bias", None)
     first = token_log_probs(encoded.last_hidden_state[:, -1], weight, bias, code_tokens[0])
 
     def next_log_probs(prefixes: Tensor) -> Tensor:

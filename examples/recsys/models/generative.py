@@ -25,9 +25,9 @@ class GenerativeRecommender(Recommender):
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         semantic_ids: path of the codes of all items, as :meth:`SemanticIds.read` reads them.
-        num_beams: beams of the search; a target that none of them reaches counts as ranked last.
+        num_beams: beams of the search; a target that none of them reaches counts as ranked last. The models here attend
+            among all beams of a user, so time and memory grow with the square of many hundreds.
         mask_history: whether validation leaves the items of the history out of the ranking.
-        **kwargs: of the classes that come after in the order of resolution.
 
     Raises:
         FileNotFoundError: if there are no such codes.

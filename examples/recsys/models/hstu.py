@@ -89,8 +89,9 @@ class HSTU(MuonMixin, NextItemRecommender):
         self.time_buckets = time_buckets
         attention_size = attention_size or hidden_size // num_heads
         linear_size = linear_size or hidden_size // num_heads
-        self.embedding = SequenceEmbedding(num_items, max_length, hidden_size, dropout)
-        self.embedding.reset_parameters(std=0.02)
+        # Scaled as in the authors' code: the item table is small, since only its directions score.
+        self.embedding = SequenceEmbedding(num_items, max_length, hidden_size, dropout, item_scale=hidden_size**0.5)
+        self.embedding.reset_parameters(std=0.02, position_std=hidden_size**-0.5)
         self.blocks = nn.ModuleList(
             HSTUBlock(hidden_size, num_heads, attention_size, linear_size, max_length, time_buckets, dropout)
             for _ in range(num_blocks)
@@ -107,7 +108,6 @@ class HSTU(MuonMixin, NextItemRecommender):
                 f"times must have the shape of the history, {tuple(history.shape)}, got {tuple(times.shape)}."
             )
         x, real = self.embedding(history)
-        x = x * x.shape[1] ** 0.5  # as in the authors' code, which keeps its item table as small
         gaps = None if times is None or self.time_buckets is None else log_time_gaps(times, self.time_buckets)
         for block in self.blocks:
             x = block(x, real, gaps)

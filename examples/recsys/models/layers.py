@@ -28,18 +28,21 @@ def check_length(history: Tensor, max_length: int) -> None:
 
 
 class SequenceEmbedding(nn.Module):
-    """Item plus learned position embedding of the real positions, with dropout."""
+    """Item embedding, times ``item_scale``, plus learned position embedding of the real positions, with dropout."""
 
-    def __init__(self, num_items: int, max_length: int, hidden_size: int, dropout: float) -> None:
+    def __init__(
+        self, num_items: int, max_length: int, hidden_size: int, dropout: float, item_scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self.item_scale = item_scale
         self.items = nn.Embedding(num_items + 1, hidden_size, padding_idx=PADDING)
         self.positions = nn.Embedding(max_length, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def reset_parameters(self, std: float) -> None:
-        """Draw both tables from N(0, std^2); the padding stays zero."""
+    def reset_parameters(self, std: float, position_std: float | None = None) -> None:
+        """Draw items from N(0, std^2), and positions likewise or with a width of their own; the padding stays zero."""
         nn.init.normal_(self.items.weight, std=std)
-        nn.init.normal_(self.positions.weight, std=std)
+        nn.init.normal_(self.positions.weight, std=std if position_std is None else position_std)
         with torch.no_grad():
             self.items.weight[PADDING].zero_()
 
@@ -47,7 +50,8 @@ class SequenceEmbedding(nn.Module):
         """(B, T) item ids, padded on the right -> (M, d), and where the M belong."""
         check_length(history, self.positions.num_embeddings)
         real = RealPositions(history)
-        return self.dropout(self.items(history[real.index]) + self.positions(real.index[1])), real
+        items = self.item_scale * self.items(history[real.index])
+        return self.dropout(items + self.positions(real.index[1])), real
 
 
 class RealPositions:

@@ -32,7 +32,8 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
     - ``"titles"``: titles of the history -> title of the next item.
     - ``"titles_to_codes"``: titles of the history -> codes of the next item.
 
-    Where a row of the data has several targets (``samples: sequence``) one of them is drawn in each epoch.
+    Where a row of the data has several targets (``samples: sequence``) one of them is drawn in each epoch. Prompts are
+    put together in the training process, from tokens that are made once.
 
     A pretrained model comes from ``checkpoint``; without it a small Qwen3 with random weights reads bytes. What was
     fine-tuned can be saved for other programs by ``model.lm.save_pretrained`` and ``model.tokenizer.save_pretrained``.
@@ -100,6 +101,7 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
         if unknown or not tasks:
             raise ValueError(f"tasks must be one or more of {', '.join(get_args(Task))}, got {list(tasks)}.")
         self.tasks = list(tasks)
+        self.draws = torch.Generator()
         self.tokenizer = _load_tokenizer(tokenizer or checkpoint)
         known_tokens = len(self.tokenizer)
         self.register_buffer(
@@ -142,10 +144,15 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
             titles, descriptions = ([[], *map(self._encode, some)] for some in texts)
             self.item_tokens = ItemTokens(self.item_tokens.codes, titles, descriptions)
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        # Processes begin with the same random state, and would all draw the same tasks and items.
+        self.draws.manual_seed(torch.initial_seed() + self.global_rank)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         histories, targets = draw_targets(batch["history"], batch["targets"])
         examples = [
-            draw_example(self.tasks, self.writer, history, target, self.item_tokens)
+            draw_example(self.tasks, self.writer, history, target, self.item_tokens, self.draws)
             for history, target in zip(_item_lists(histories), targets.tolist(), strict=True)
         ]
         tokens, labels = (part.to(self.device) for part in stack_examples(examples))

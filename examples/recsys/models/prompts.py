@@ -145,21 +145,26 @@ class PromptWriter:
 
 
 def draw_example(
-    tasks: Sequence[Task], writer: PromptWriter, history: Sequence[int], target: int, items: ItemTokens
+    tasks: Sequence[Task],
+    writer: PromptWriter,
+    history: Sequence[int],
+    target: int,
+    items: ItemTokens,
+    generator: torch.Generator | None = None,
 ) -> Example:
-    """One of the tasks, all equally likely, by torch's generator of random numbers.
+    """One of the tasks, all equally likely, by a generator of random numbers or torch's own.
 
     A task of an item is about any of the catalogue, with its codes on either side, and its title or its description
     where it has one on the other.
     """
-    task = tasks[_draw(len(tasks))]
+
+    def draw(size: int) -> int:
+        return int(torch.randint(size, (), generator=generator))
+
+    task = tasks[draw(len(tasks))]
     if task != "item_text":
         return writer.of_history(task, history, target, items)
-    item = 1 + _draw(len(items.codes) - 1)
-    text = ("title", "description")[_draw(2) if items.of("description")[item] else 0]
-    shown, asked = (("codes", text), (text, "codes"))[_draw(2)]
+    item = 1 + draw(len(items.codes) - 1)
+    text = ("title", "description")[draw(2) if items.of("description")[item] else 0]
+    shown, asked = (("codes", text), (text, "codes"))[draw(2)]
     return writer.of_item(item, shown, asked, items)
-
-
-def _draw(size: int) -> int:
-    return int(torch.randint(size, ()))

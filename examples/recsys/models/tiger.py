@@ -37,7 +37,8 @@ class TIGER(MuonMixin, GenerativeRecommender):
         head_size: width of a head.
         feedforward_size: inner width of the feed-forward.
         dropout: of embeddings, attention and feed-forward.
-        num_user_tokens: users share so many tokens, by their number in the data; 0 for none. The paper has 2,000.
+        num_user_tokens: users share so many tokens, by the remainder of their number in the data; 0 for none. The paper
+            has 2,000 and hashes, which does not depend on the order of the users.
         attention: implementation in transformers; on a CPU ``"eager"`` trains faster and decodes slower.
         num_beams: beams of the search.
         mask_history: whether validation leaves the items of the history out of the ranking.

@@ -38,14 +38,21 @@ def parser():
         return main([*SYNTHETIC, "--trainer.logger=false"], run=False).parser
 
 
-def test_fit_writes_the_codes_of_its_best_checkpoint_and_reports(capsys):
-    cli = main(["fit", *SYNTHETIC, "--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=1"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_fit_writes_the_codes_of_its_best_checkpoint_and_reports(precision, capsys, monkeypatch):
+    validated = []
+    losses = RQVAE.losses
+    monkeypatch.setattr(RQVAE, "losses", lambda *args: [validated.append(losses(*args)), validated[-1]][1])
+    options = ["--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=1", f"--trainer.precision={precision}"]
+    cli = main(["fit", *SYNTHETIC, *options])
     printed = capsys.readouterr().out
     assert "share of the codes in use, level 4" in printed
+    assert f"{int((cli.ids.codes[:, 3] > 0).sum())} have a digit above 0" in " ".join(printed.split())
+    assert torch.equal(cli.ids.codes[:, :3], validated[-1].codes)
     assert "encoder.*.weight" in printed
     written = SemanticIds.read("semantic_ids/synthetic.csv", num_items=500)
     (checkpoint,) = Path("logs").rglob("best-*.ckpt")
-    best = RQVAE.load_from_checkpoint(checkpoint, weights_only=True)
+    best = RQVAE.load_from_checkpoint(checkpoint, weights_only=True).to(cli.model.dtype)
     assert torch.equal(written.codes, cli.ids.codes)
     assert torch.equal(written.codes[:, :3], best.codes(cli.datamodule.features()))
     assert (written.levels, written.collisions()) == (4, 0)
@@ -92,6 +99,18 @@ class TestUniqueness:
     )
     def test_each_way_gives_its_codes(self, uniqueness, expected):
         assert CodesFile(uniqueness=uniqueness).unique(self.QUANTIZATION).tolist() == expected
+
+    def test_a_digit_with_more_codes_than_a_level_gets_a_warning(self):
+        codes = torch.tensor([[0, 0]] * 3 + [[1, 0]] * 2)
+        quantization = Quantization(torch.rand(5, 2), codes, self.QUANTIZATION.codebooks)
+        with pytest.warns(UserWarning, match=r"3 items have the same codes.* grows from 2 to as many: take features"):
+            assert CodesFile().unique(quantization)[:, 2].tolist() == [0, 1, 2, 0, 1]
+        with pytest.raises(ValueError, match="3 items have"):
+            CodesFile(uniqueness="sinkhorn").unique(quantization)
+
+    def test_a_digit_with_as_many_codes_as_a_level_gets_none(self, recwarn):
+        CodesFile().unique(self.QUANTIZATION)
+        assert not recwarn
 
     def test_distances_of_the_last_level_are_those_of_what_is_left(self):
         left = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 0.0]])

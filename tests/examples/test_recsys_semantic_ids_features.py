@@ -241,6 +241,22 @@ class TestTextFeatures:
             mean = states.mean(0)
             torch.testing.assert_close(embedding, mean / mean.norm(), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("saved", ["T5Model", "T5EncoderModel"])
+    def test_of_a_model_with_a_decoder_the_encoder_is_run(self, saved, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁blue", -1.0), ("▁steel", -1.0), ("▁soap", -1.0)]
+        transformers.T5TokenizerFast(vocab=words, extra_ids=0).save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        config = transformers.T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        getattr(transformers, saved)(config).save_pretrained(tmp_path)
+        assert TextFeatures(Named(), str(tmp_path)).num_features == 16
+        tokens = {"blue soap": [3, 5, 1], "steel": [4, 1]}
+        model = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
+        for embedding, ids in zip(encode([*tokens], str(tmp_path)), tokens.values(), strict=True):
+            with torch.no_grad():
+                mean = model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+            torch.testing.assert_close(embedding, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+
     def test_long_texts_are_cut(self, encoder):
         # Two of the four tokens mark start and end.
         cut, short = encode(["blue soap steel screw", "blue soap"], encoder, max_tokens=4)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from vector_quantize_pytorch import ResidualVQ
 
+from examples.recsys.semantic_ids.codes import SemanticIds
 from examples.recsys.semantic_ids.features import ItemFeatures
 from examples.recsys.semantic_ids.rqvae import RQVAE
 from lightning_muon import Muon, ParameterRule
@@ -98,11 +99,15 @@ class TestEquations:
         quantization = small_model().quantize(torch.randn(30, 7))
         assert torch.equal(quantization.last_level_distances().argmin(1), quantization.codes[:, -1])
 
-    def test_mixed_precision_finds_codes_in_float32(self):
-        model, items = small_model(), torch.randn(30, 7)
+    def test_autocast_changes_nothing(self):
+        model, items = small_model(), torch.randn(300, 7)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = model.losses(items)
-            assert model.quantize(items).vectors.dtype == losses.commitment.dtype == torch.float32
+            cast, cast_codes = model.losses(items), model.codes(items)
+        losses = model.losses(items)
+        assert torch.equal(cast.codes, losses.codes)
+        assert torch.equal(cast_codes, losses.codes)
+        assert torch.equal(cast.decoded, losses.decoded)
+        assert torch.equal(cast.commitment, losses.commitment)
 
     @staticmethod
     def rest(model: RQVAE, items: Tensor) -> Tensor:
@@ -214,12 +219,28 @@ class TestTraining:
         assert loaded.counts.sum(1).tolist() == [200] * 3
         assert torch.equal(loaded.codes(data.features()), model.codes(data.features()))
 
-    def test_training_goes_on_after_a_validation_that_loaded_the_features(self):
+    def test_training_goes_on_after_a_validation_that_loaded_features_and_weights(self, tmp_path):
         model, data = small_model(), Clusters()
-        run = trainer(limit_val_batches=1.0)
-        run.validate(model, data, verbose=False)
+        run = trainer(limit_val_batches=1.0, max_epochs=2)
+        run.strategy.connect(model)
+        run.save_checkpoint(tmp_path / "start.ckpt")
+        run.validate(model, data, ckpt_path=tmp_path / "start.ckpt", weights_only=True, verbose=False)
         run.fit(model, data)
-        assert run.global_step == 1
+        assert run.global_step == 2
+        assert model.counts.sum(1).tolist() == [200] * 3
+
+    @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+    def test_every_precision_trains_and_validates_the_codes_that_it_gives(self, precision):
+        model, data = small_model(), Clusters(batch_size=50)
+        run = trainer(precision=precision, limit_val_batches=1.0, max_epochs=2)
+        run.fit(model, data)
+        features = data.features()
+        quantization = model.quantize(features)
+        decoded = model.decode(quantization.codes)
+        assert run.callback_metrics["val/collisions"] == SemanticIds(quantization.codes).collisions()
+        assert quantization.vectors.dtype == quantization.codebooks.dtype == decoded.dtype == torch.float32
+        error = float((features - decoded).square().mean())
+        assert float(run.callback_metrics["val/reconstruction"]) == pytest.approx(error, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Make semantic ids: ``python -m examples.recsys.semantic_ids fit --config configs/rqvae_synthetic.yaml``.
 
 ``fit`` trains an RQ-VAE and writes the codes of its best checkpoint; ``kmeans`` makes them by RQ-k-means of the
-features, with the levels and codebook size of the model, and trains nothing.
+features, with the levels and codebook size of the model, and trains nothing. Which checkpoint is best the monitor of
+``ModelCheckpoint`` decides: with ``val/collisions``, as in the configurations, one that reconstructs worse wins if
+fewer items share their codes.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Literal
 
 import rich
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 from torch import Tensor
 
@@ -30,8 +33,9 @@ class CodesFile:
 
     Args:
         path: a CSV file ``item,c1,c2,...``, items from 1; gzipped if it ends in ``.gz``. Missing folders are made.
-        uniqueness: ``digit``: one more level counts items with the same codes. ``sinkhorn``: they share out the codes
-            of the last level. ``none``: they keep their codes, and count as hits of each other.
+        uniqueness: ``digit``: one more level counts items with the same codes; a warning tells where that takes more
+            codes than a level has. ``sinkhorn``: they share out the codes of the last level. ``none``: they keep their
+            codes, and count as hits of each other.
     """
 
     path: str = "semantic_ids/codes.csv"
@@ -40,10 +44,22 @@ class CodesFile:
     def unique(self, quantization: Quantization) -> Tensor:
         """Codes (N, levels or one more)."""
         if self.uniqueness == "digit":
-            return add_collision_digit(quantization.codes)
+            codes = add_collision_digit(quantization.codes)
+            _warn_of_large_digits(int(codes[:, -1].max()) + 1, quantization.codebooks.shape[1])
+            return codes
         if self.uniqueness == "sinkhorn":
             return balance_last_level(quantization.codes, quantization.last_level_distances())
         return quantization.codes
+
+
+def _warn_of_large_digits(largest_group: int, codebook_size: int) -> None:
+    if largest_group > codebook_size:
+        rank_zero_warn(
+            f"{largest_group} items have the same codes, so that the digit needs {largest_group} codes and each level "
+            f"of a recommender's vocabulary grows from {codebook_size} to as many: take features that tell these items "
+            f"apart, more levels or a larger codebook_size (from {largest_group} on, codes.uniqueness=sinkhorn can "
+            "spare the digit)."
+        )
 
 
 class KMeansTrainer(PartitionTrainer):
@@ -107,14 +123,17 @@ class SemanticIdsCLI(MuonCLI):
             quality = QuantizationQuality(features.shape[1], size, sync_on_compute=False).to(features.device)
             quality.update(features, decode(codes[:, :levels]), codes)
             reports.append({name: float(value) for name, value in quality.compute().items()})
-        title = f"Semantic ids of {self.ids.num_items} items, in {file.path}"
-        rich.get_console().print(comparison(title, f"after {file.uniqueness}", *reports, shared_rows(features)))
+        table = comparison(f"after {file.uniqueness}", *reports)
+        table.title = f"Semantic ids of {self.ids.num_items} items, in {file.path}"
+        table.caption = f"{shared_rows(features)} items share all their features with another"
+        if file.uniqueness == "digit":
+            table.caption += f"; {int((unique[:, -1] > 0).sum())} have a digit above 0"
+        rich.get_console().print(table)
 
 
-def comparison(title: str, resolved: str, before: dict[str, float], after: dict[str, float], bound: int) -> Table:
+def comparison(resolved: str, before: dict[str, float], after: dict[str, float]) -> Table:
     """A row a figure of :class:`QuantizationQuality`: of the quantizer's codes, and of those that were written."""
-    table = Table("", "quantized", resolved, title=title)
-    table.caption = f"{bound} items share all their features with another"
+    table = Table("", "quantized", resolved)
     for name, value in after.items():
         text = ".0f" if name == "collisions" else ".4f"
         before_text = format(before[name], text) if name in before else "-"

@@ -11,7 +11,7 @@ def add_collision_digit(codes: Tensor) -> Tensor:
 
     (N, levels) -> (N, levels + 1), all rows different. The digit is 0 for the first item with its codes, so for all
     that share them with none. As many items as share their codes, as many digits there are: more, maybe, than a level
-    has codes.
+    has codes. A recommender's vocabulary has room for that many codes at every level then.
 
     Example::
 

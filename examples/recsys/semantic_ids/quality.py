@@ -43,6 +43,7 @@ class QuantizationQuality(Metric):
 
     def update(self, features: Tensor, reconstruction: Tensor, codes: Tensor) -> None:
         """Add items: features and their reconstruction (B, D), codes (B, levels)."""
+        features = features.float()  # half precision has too few digits for sums over items
         # Not in place: a state that was reset in inference mode can not be changed out of it.
         self.count = self.count + len(features)
         self.error = self.error + (reconstruction - features).square().sum()

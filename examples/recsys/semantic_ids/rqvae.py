@@ -45,6 +45,9 @@ class RQVAE(MuonMixin, L.LightningModule):
     took in an epoch get new vectors at the start of the next: what is left, at their level, of items drawn by the
     square of what their codes leave. Both go by the batches of all processes, which keep the same codebooks.
 
+    Encoder and decoder compute in the type of their weights, and codes are found in float32: autocast makes no
+    difference to these small nets, so that an item has the same codes within a training run and after it.
+
     Logs the first term over D as ``train/reconstruction``, the last without beta as ``train/commitment``; and of all
     items ``val/commitment`` and what :class:`QuantizationQuality` computes, as ``val/reconstruction``, ``val/use_1``,
     ``val/collisions``, ...
@@ -101,11 +104,16 @@ class RQVAE(MuonMixin, L.LightningModule):
         self.quality = QuantizationQuality(num_features, codebook_size)
         self.parameter_rules = [ParameterRule(pattern="decoder.*.weight", group="matrix"), *self.parameter_rules]
 
+    @property
+    def codebooks(self) -> Tensor:
+        """The code vectors, (levels, codebook_size, code_width) float32."""
+        return self.quantizer.codebooks.float()
+
     @torch.no_grad()
     def quantize(self, features: Tensor) -> Quantization:
         """Encode features (N, D) and find their codes."""
-        z = self.encoder(features).float()
-        return Quantization(z, self.quantizer(z)[1], self.quantizer.codebooks)
+        z = _run(self.encoder, features)
+        return Quantization(z, self._nearest(z), self.codebooks)
 
     def codes(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, levels) int64."""
@@ -113,17 +121,16 @@ class RQVAE(MuonMixin, L.LightningModule):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """What codes stand for: (N, levels) -> (N, D)."""
-        return self.decoder(code_vectors(self.quantizer.codebooks, codes).sum(0))
+        """What codes stand for: (N, levels) -> (N, D) float32."""
+        return _run(self.decoder, code_vectors(self.codebooks, codes).sum(0))
 
     def losses(self, features: Tensor) -> Losses:
         """The three terms of the loss of features (B, D), beta not counted in."""
-        z = self.encoder(features).float()
-        with torch.no_grad():
-            codes = self.quantizer(z)[1]
-        vectors = code_vectors(self.quantizer.codebooks, codes)
+        z = _run(self.encoder, features)
+        codes = self._nearest(z)
+        vectors = code_vectors(self.codebooks, codes)
         residuals = z - (vectors.cumsum(0) - vectors).detach()
-        decoded = self.decoder(z + (vectors.sum(0) - z).detach()).float()
+        decoded = _run(self.decoder, z + (vectors.sum(0) - z).detach())
         return Losses(
             _mean_square(decoded - features),
             _mean_square(vectors - residuals.detach()),
@@ -161,6 +168,13 @@ class RQVAE(MuonMixin, L.LightningModule):
             self.log(f"val/{name}", value, prog_bar=name == "collisions")
         self.quality.reset()
 
+    @torch.no_grad()
+    def _nearest(self, z: Tensor) -> Tensor:
+        """Codes of what the encoder makes of items: (B, code_width) float32 -> (B, levels) int64."""
+        with torch.autocast(z.device.type, enabled=False):
+            codes: Tensor = self.quantizer(z)[1]
+        return codes
+
     def _start_codebooks(self, batch: Tensor) -> None:
         vectors = self._encode_all(batch)
         if len(vectors) < self.codebook_size:
@@ -178,8 +192,8 @@ class RQVAE(MuonMixin, L.LightningModule):
         if not bool(unused.any()):
             return
         z = self._encode_all(batch)
-        codebooks = self.quantizer.codebooks.clone()
-        vectors = code_vectors(codebooks, self.quantizer(z)[1])
+        codebooks = self.codebooks.clone()
+        vectors = code_vectors(codebooks, self._nearest(z))
         residuals = z - (vectors.cumsum(0) - vectors)
         errors = (residuals - vectors).square().sum(-1)
         for level in range(self.levels):
@@ -191,7 +205,7 @@ class RQVAE(MuonMixin, L.LightningModule):
     @torch.no_grad()
     def _encode_all(self, batch: Tensor) -> Tensor:
         """What the encoder makes of the batches of all processes: (B, D) -> (processes * B, code_width)."""
-        return self.all_gather(self.encoder(batch).float()).flatten(0, -2)
+        return self.all_gather(_run(self.encoder, batch)).flatten(0, -2)
 
     @torch.no_grad()
     def _set_codebooks(self, codebooks: Tensor) -> None:
@@ -206,6 +220,13 @@ def _perceptron(*widths: int) -> nn.Sequential:
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def _run(net: nn.Sequential, inputs: Tensor) -> Tensor:
+    """What a net makes of inputs in the type of its weights, whatever autocast says, as float32."""
+    weight = next(net.parameters())
+    with torch.autocast(weight.device.type, enabled=False):
+        return net(inputs.to(weight.dtype)).float()
 
 
 def _mean_square(differences: Tensor) -> Tensor:

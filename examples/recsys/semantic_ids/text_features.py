@@ -25,6 +25,10 @@ class TextFeatures(ItemFeatures):
     once, on the accelerator at hand, and kept in ``cache_dir`` under a name made from the texts, the name of the
     encoder and ``max_tokens``: where the weights in a folder change, delete the file.
 
+    The mean is over the tokens of a text, as most sentence encoders are trained for. Of a model with a decoder, such as
+    T5, the encoder alone is run. What Sentence-T5 (the encoder of arXiv 2305.05065) does after the mean, a dense layer,
+    is left out, and models that are trained to pool the last token are not served.
+
     Args:
         source: the data module that the recommender is trained on.
         encoder: folder or hub name of any encoder that ``transformers.AutoModel`` and ``AutoTokenizer`` load.
@@ -62,7 +66,7 @@ class TextFeatures(ItemFeatures):
     @property
     def num_features(self) -> int:
         """Width of the encoder, from its configuration alone."""
-        return int(_transformers().AutoConfig.from_pretrained(self.encoder).hidden_size)
+        return _width(_transformers().AutoConfig.from_pretrained(self.encoder))
 
     @property
     def path(self) -> Path:
@@ -116,8 +120,11 @@ def encode(texts: list[str], encoder: str, max_tokens: int = 128, batch_size: in
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     model = transformers.AutoModel.from_pretrained(encoder).to(device, torch.float32).eval()
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
+        # Not by config.is_encoder_decoder: it is false where an encoder was saved without its decoder.
+        model = model.get_encoder()
     order = sorted(range(len(texts)), key=lambda item: len(texts[item]))
-    embeddings = torch.empty(len(texts), model.config.hidden_size)
+    embeddings = torch.empty(len(texts), _width(model.config))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in track(batches, f"Encoding {len(texts)} texts", console=rich.get_console()):
         tokens = tokenizer(
@@ -127,6 +134,11 @@ def encode(texts: list[str], encoder: str, max_tokens: int = 128, batch_size: in
         real = tokens["attention_mask"][:, :, None]
         embeddings[batch] = F.normalize((states * real).sum(1) / real.sum(1).clamp(min=1), dim=1).cpu()
     return embeddings
+
+
+def _width(config: Any) -> int:
+    """Width of the encoder's states; some models with a decoder keep settings of the encoder apart."""
+    return int(getattr(config, "encoder", config).hidden_size)
 
 
 def _transformers() -> Any:

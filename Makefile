@@ -1,6 +1,6 @@
 # make fit    train SASRec with Muon on synthetic sequences (installs everything into .venv first)
 # make test   lint, type-check, import contracts, tests
-# make bench  optimizer step times, ours against torch.optim, interleaved; what the monitors cost
+# make bench  optimizer step times, ours against torch.optim, interleaved; what the monitors cost; beam search of the generative recommenders
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +27,7 @@ unit: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.optimizer_step
 	$(BIN)/python -m tests.benchmarks.monitors
+	$(BIN)/python -m tests.benchmarks.beam_search
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -17,7 +17,9 @@ from examples.recsys.semantic_ids.codes import SemanticIds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECOMMENDERS = sorted(path for path in CONFIGS.glob("*.yaml") if "-m examples.recsys fit" in path.read_text())
-SETS = ("synthetic", "beauty", "toys", "sports", "industrial", "office")
+MODELS = ("sasrec", "hstu", "gru4rec", "caser", "tiger", "sid_lm")
+TITLED = ("industrial", "office")
+SETS = ("synthetic", "beauty", "toys", "sports", *TITLED, "instruments")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,10 @@ def test_a_configuration_says_how_to_run_it_and_logs_under_its_name(path):
 
 
 def test_there_is_one_a_model_and_data_set():
-    names = {f"{model}_{data}" for model, data in product(("sasrec", "hstu", "gru4rec", "caser"), SETS)}
-    names |= {f"{model}_paper_{data}" for model, data in product(("sasrec", "gru4rec", "caser"), SETS[-2:])}
-    names |= {"sasrec_ml1m", "hstu_ml1m"}
-    assert names - {path.stem for path in RECOMMENDERS} == set()
+    """MiniOneRec is for data with titles, and MovieLens has no semantic ids."""
+    names = {f"{model}_{data}" for model, data in product(MODELS, SETS)}
+    names |= {f"{model}_ml1m" for model in MODELS[:4]}
+    names |= {f"{model}_{data}" for model, data in product(("minionerec", "minionerec_small"), TITLED)}
+    names |= {f"{model}_paper_{data}" for model, data in product(("sasrec", "gru4rec", "caser"), TITLED)}
+    names |= {"minionerec_synthetic", "sasrec_paper_beauty"}
+    assert {path.stem for path in RECOMMENDERS} == names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import lightning as L
@@ -20,6 +21,7 @@ from examples.recsys.models.minionerec import MiniOneRec, stack_examples
 from examples.recsys.models.prompts import Example, Task, draw_example
 from examples.recsys.semantic_ids.codes import SemanticIds
 from lightning_muon import Muon
+from lightning_muon.schedules import Cosine
 from tests.lightning_helpers import QUIET
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -138,6 +140,17 @@ class TestLoss:
         tokens, labels = stack_examples([Example([5, 6, 7], [8, 9]), Example([3], [4])])
         assert tokens.tolist() == [[5, 6, 7, 8], [3, 0, 0, 0]]
         assert labels.tolist() == [[-100, -100, 8, 9], [4, -100, -100, -100]]
+
+    def test_processes_draw_tasks_and_items_of_their_own(self, make):
+        """`seed_everything` leaves all of them with the same random state."""
+        drawn = []
+        for rank in (0, 1):
+            torch.manual_seed(0)
+            model = make(tasks=["item_text"])
+            model.trainer = SimpleNamespace(global_rank=rank, training=True, datamodule=None)
+            model.on_fit_start()
+            drawn.append(torch.randint(1_000, (20,), generator=model.draws).tolist())
+        assert drawn[0] != drawn[1]
 
     def test_of_several_targets_one_is_drawn_with_its_history(self, make):
         model = make(tasks=["next_item"])
@@ -306,20 +319,24 @@ class TestTraining:
         assert len(calls) == 2
 
     @pytest.mark.slow
-    def test_overfits_a_few_sequences(self, codes_file):
-        data = Shop(samples="prefix", max_length=4, batch_size=32)
+    def test_learns_32_random_sequences_by_heart(self, tmp_path):
+        """Of ten items at random, so that the last two of a history tell 30 of the 32 targets at best."""
+        ten = {"num_clusters": 10, "items_per_cluster": 1, "noise": 1.0}
+        data = SyntheticSequences(32, **ten, min_length=6, max_sequence_length=6, samples="prefix")
+        data.setup("fit")
         optimizers = {
-            "matrix_optimizer": partial(Muon, lr=3e-3, weight_decay=0.0),
-            "other_optimizer": partial(torch.optim.AdamW, lr=1e-2),
+            "matrix_optimizer": partial(Muon, lr=2e-2, weight_decay=0.0),
+            "other_optimizer": partial(torch.optim.AdamW, lr=2e-2),
+            "schedule": Cosine(),
         }
-        model = MiniOneRec(NUM_ITEMS, codes_file, tasks=["next_item"], num_beams=10, **TINY, **optimizers)
+        SemanticIds(item_codes()[:10]).write(tmp_path / "few.csv")
+        model = MiniOneRec(10, str(tmp_path / "few.csv"), tasks=["next_item"], num_beams=10, **TINY, **optimizers)
         L.Trainer(max_steps=150, max_epochs=-1, **QUIET).fit(model, data)
-        # The last training target of each user; validation and test have the two items after it.
-        users = [data.protocol.sequences[user][:-2][-5:] for user in range(32)]
-        history = torch.nn.utils.rnn.pad_sequence([items[:-1] for items in users], batch_first=True)
+        data.protocol.samples = "sequence"
+        (batch,) = data.train_dataloader()
         with torch.no_grad():
-            best = model.eval()(history).argmax(1) + 1
-        assert (best == torch.stack([items[-1] for items in users])).float().mean() > 0.95
+            best = model.eval()(batch["history"]).argmax(1) + 1
+        assert (best == batch["targets"][:, -1]).float().mean() > 0.95
 
 
 class TestArguments:

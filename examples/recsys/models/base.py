@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.metrics import NDCG, Recall, target_ranks
+from examples.recsys.models.layers import check_not_empty
 
 Batch = dict[str, Tensor]
 
@@ -163,11 +164,8 @@ class NextItemRecommender(Recommender):
         return self.score_batch({"history": history})
 
     def score_batch(self, batch: Batch) -> Tensor:
-        lengths = (batch["history"] != PADDING).sum(1)
-        if bool((lengths == 0).any()):
-            row = int((lengths == 0).nonzero()[0])
-            raise ValueError(f"The history in row {row} of the batch has no item: there is nothing to predict from.")
-        last = lengths.cumsum(0) - 1
+        check_not_empty(batch["history"])
+        last = (batch["history"] != PADDING).sum(1).cumsum(0) - 1
         states = self.encode_batch(batch)[last]
         weight, bias = self.output_layer()
         # In bfloat16 a catalogue shares a few hundred different scores, and ties count against the model.

@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.decoding import NextLogProbs, PrefixTree, beam_search, item_scores
 from examples.recsys.models.base import Batch, Recommender
-from examples.recsys.models.layers import check_positive
+from examples.recsys.models.layers import check_not_empty, check_positive
 from examples.recsys.semantic_ids.codes import SemanticIds
 
 
@@ -56,10 +56,7 @@ class GenerativeRecommender(Recommender):
 
     def score_batch(self, batch: Batch) -> Tensor:
         history = batch["history"]
-        empty = (history == PADDING).all(1)
-        if bool(empty.any()):
-            row = int(empty.nonzero()[0])
-            raise ValueError(f"The history in row {row} of the batch has no item: there is nothing to predict from.")
+        check_not_empty(history)
         scorer = self.next_code_scorer(batch)
         leaves, scores = beam_search(scorer, self.tree, len(history), self.num_beams)
         return item_scores(leaves, scores, self.tree)

@@ -23,6 +23,14 @@ def check_length(history: Tensor, max_length: int) -> None:
         )
 
 
+def check_not_empty(history: Tensor) -> None:
+    """Raise ``ValueError`` that names the first row of a batch of histories (B, T) without an item."""
+    empty = (history == PADDING).all(1)
+    if bool(empty.any()):
+        row = int(empty.nonzero()[0])
+        raise ValueError(f"The history in row {row} of the batch has no item: there is nothing to predict from.")
+
+
 # Most of a padded batch is padding. So the layers work on the M real positions alone, row after row, as (M, d), and
 # only the attention unpacks them to (B, T).
 

@@ -28,7 +28,8 @@ class RecommenderCLI(MuonCLI):
     """:class:`lightning_muon.MuonCLI` that tests the best checkpoint and the popularity baseline after ``fit``.
 
     They are then in ``test_metrics`` and ``baseline_metrics``. ``predict`` has a :class:`RecommendationWriter`, which
-    ``--recommendations.path`` and the like set up.
+    ``--recommendations.path`` and the like set up. A model with weights is judged and asked only after a fit:
+    ``validate``, ``test`` and ``predict`` need ``--ckpt_path``.
 
     With ``--ckpt_path`` Lightning takes the settings of the model from the checkpoint, whatever else is given. Here
     those that are of use and not of training may be given: ``semantic_ids``, the path of the codes, and ``num_beams``.
@@ -64,13 +65,15 @@ class RecommenderCLI(MuonCLI):
             self.save_config_callback = None  # without a logger it would refuse to overwrite that of the fit
         return super().instantiate_trainer(**kwargs)
 
+    def before_validate(self) -> None:
+        self._check_trained()
+
+    def before_test(self) -> None:
+        self._check_trained()
+
     def before_predict(self) -> None:
+        self._check_trained()
         settings = self.config_init["predict"]
-        if settings["ckpt_path"] is None and any(True for _ in self.model.parameters()):
-            raise ValueError(
-                f"predict needs --ckpt_path, the checkpoint of a fit: this {type(self.model).__name__} has random "
-                "weights."
-            )
         if settings["return_predictions"] is None:
             settings["return_predictions"] = False  # the file has them, and they would all be kept in memory
 
@@ -78,12 +81,20 @@ class RecommenderCLI(MuonCLI):
         if self.trainer.fast_dev_run:
             return
         callback = self.trainer.checkpoint_callback
-        best = "best" if callback is not None and callback.best_model_path else None
+        best = "best" if callback is not None and callback.monitor and callback.best_model_path else None
         (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         baseline = popularity_metrics(self.trainer, self.datamodule)
         self.test_metrics, self.baseline_metrics = metrics, baseline
         if self.trainer.is_global_zero:
-            rich.get_console().print(comparison(type(self.model).__name__, metrics, baseline))
+            title = f"Test of the {'best checkpoint' if best else 'weights after the last step'}"
+            rich.get_console().print(comparison(title, type(self.model).__name__, metrics, baseline))
+
+    def _check_trained(self) -> None:
+        if self.config_init[self.subcommand]["ckpt_path"] is None and any(True for _ in self.model.parameters()):
+            raise ValueError(
+                f"{self.subcommand} needs --ckpt_path, the checkpoint of a fit: this {type(self.model).__name__} has "
+                "random weights."
+            )
 
 
 def popularity_metrics(trainer: Trainer, data: SequenceDataModule) -> Mapping[str, float]:
@@ -96,9 +107,9 @@ def popularity_metrics(trainer: Trainer, data: SequenceDataModule) -> Mapping[st
     return metrics
 
 
-def comparison(name: str, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> Table:
+def comparison(title: str, name: str, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> Table:
     """A row a test metric: the model, the baseline and how many times as much the model has."""
-    table = Table("test metric", name, "popularity", "ratio", title="Test of the best checkpoint")
+    table = Table("test metric", name, "popularity", "ratio", title=title)
     for key, value in metrics.items():
         ratio = f"{value / baseline[key]:.1f}" if baseline[key] else "-"
         table.add_row(key.removeprefix("test/"), f"{value:.4f}", f"{baseline[key]:.4f}", ratio)

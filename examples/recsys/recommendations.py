@@ -24,9 +24,9 @@ COLUMNS = ("user", "rank", "item", "title", "score")
 class RecommendationWriter(BasePredictionWriter):
     """Writes what ``Trainer.predict`` recommends to a CSV file, one row a recommendation.
 
-    The columns are ``user,rank,item,title,score``: ``user`` and ``title`` are what the data module calls them, ``item``
-    is the item's number from 1, ``rank`` counts from 1 for the best. Where a model knows fewer items for a user than
-    asked for, the user has fewer rows, with a warning. The file is there when all users are, and not before.
+    The columns are ``user,rank,item,title,score``: users and items go by their ids in the source of the data, or by
+    their numbers from 1 where it has none, ``rank`` counts from 1 for the best. Where a model knows fewer items for a
+    user than asked for, the user has fewer rows, with a warning. The file is there when all users are, and not before.
 
     Several processes write a file each, ``rank0.<name>``, ``rank1.<name>``, ..., which have every user once in all.
 
@@ -67,7 +67,7 @@ class RecommendationWriter(BasePredictionWriter):
                 f"{type(pl_module).__name__} and {type(data).__name__}: give both to Trainer.predict."
             )
         pl_module.num_recommendations = self.top_k
-        self._users = data.user_names()
+        self._users, self._items = data.user_names(), data.item_names()
         # Titles may have to be downloaded, which one process does for all of a node.
         if trainer.local_rank == 0:
             self._titles = data.item_titles()
@@ -94,7 +94,7 @@ class RecommendationWriter(BasePredictionWriter):
             self._total += 1
             self._short += len(items) < self.top_k
             self._file.write(
-                (self._users[user], rank, item, self._titles[item - 1], f"{score:.6g}")
+                (self._users[user], rank, self._items[item - 1], self._titles[item - 1], f"{score:.6g}")
                 for rank, (item, score) in enumerate(zip(items, scores, strict=False), start=1)
             )
             if self._table.row_count < self.show:

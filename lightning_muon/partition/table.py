@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_muon.partition.names import ParameterName
 from lightning_muon.partition.roles import ParameterAssignment, Partition
 
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=_l)\d+")
@@ -24,8 +25,8 @@ def partition_table(partition: Partition) -> Table:
     """
     rows: dict[tuple[str, ...], list[ParameterAssignment]] = {}
     for entry in partition:
-        name = "" if entry.role == "vector" else _INDEX.sub("*", entry.name)
-        key = (name, entry.role, entry.group_name, entry.reason, str(entry.frozen))
+        pattern = "" if entry.role == "vector" else _INDEX.sub("*", entry.name)
+        key = (pattern, entry.role, entry.group_name, entry.reason, str(entry.frozen))
         rows.setdefault(key, []).append(entry)
     with_options = any(entry.options for entry in partition)
     table = Table(box=box.SIMPLE_HEAD, caption=_caption(partition), caption_justify="left", padding=(0, 1, 0, 0))
@@ -39,11 +40,12 @@ def partition_table(partition: Partition) -> Table:
     for entries in rows.values():
         first = entries[0]
         count = f" x{len(entries)}" if len(entries) > 1 else ""
-        cells = [_pattern([entry.name for entry in entries]) + count, _shapes(entries), first.role, _group(first)]
+        name = ParameterName(_pattern([entry.name for entry in entries]) + count)
+        cells = [_shapes(entries), first.role, _group(first)]
         if with_options:
             cells.append("\n".join(f"{key}={value}" for key, value in first.options.items()))
         style = "dim" if first.frozen else ("bold" if first.group == "matrix" else "")
-        table.add_row(*map(escape, cells), escape(first.reason), style=style)
+        table.add_row(name, *map(escape, [*cells, first.reason]), style=style)
     return table
 
 

@@ -195,6 +195,37 @@ class TestParquet:
             quiet(tmp_path / "log.parquet")
 
 
+class TestTitles:
+    ROWS = """user,item,timestamp,name
+a,17,1,
+a,4,2,"Ink, black"
+a,17,3,Red pen
+b,17,1,Red pen (new)
+b,8,2,
+b,4,3,
+"""
+
+    def test_the_first_title_of_an_item_counts_and_without_one_it_goes_by_its_id(self, tmp_path):
+        (tmp_path / "log.csv").write_text(self.ROWS)
+        data = quiet(tmp_path / "log.csv", title_column="name")
+        assert data.item_names() == ["17", "4", "8"]
+        assert data.item_titles() == ["Red pen", "Ink, black", "8"]
+
+    def test_without_a_column_of_titles_items_go_by_their_ids(self, tmp_path):
+        (tmp_path / "log.csv").write_text(self.ROWS)
+        assert quiet(tmp_path / "log.csv").item_titles() == ["17", "4", "8"]
+
+    def test_a_missing_column_gets_a_sentence(self, path):
+        with pytest.raises(ValueError, match=r"has no column name, only user, item, timestamp: .* and title_column"):
+            quiet(path, title_column="name")
+
+    def test_parquet_has_titles_too(self, tmp_path):
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"user": [1, 1, 1], "item": [5, 6, 5], "timestamp": [1, 2, 3], "title": [None, "Six", "Five"]}
+        pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+        assert quiet(tmp_path / "log.parquet", title_column="title").item_titles() == ["Five", "Six"]
+
+
 def test_a_recommender_is_trained_on_a_file_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["examples.recsys"])

@@ -53,6 +53,7 @@ def test_downloads_once_and_leaves_one_out_by_time(archive, tmp_path):
     assert batch["times"].tolist() == [[10, 20, 0], [5, 30, 30]]
     assert data.item_titles() == ["Amélie (2001)", "A: B (1990)", "D", "C"]
     assert data.user_names() == ["7", "8"]
+    assert data.item_names() == ["1", "3", "9", "5"]
     assert (data.max_length, data.mask_history) == (200, True)
 
 

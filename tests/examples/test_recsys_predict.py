@@ -99,7 +99,14 @@ class TestFile:
             "cat": ["blue pen", "ink"],
         }
         header, first, *_ = Path("recommendations.csv").read_text().splitlines()
-        assert (header, first) == ("user,rank,item,title,score", "ann,1,4,[b]glue[/b],-3")
+        assert (header, first) == ("user,rank,item,title,score", "ann,1,[b]glue[/b],[b]glue[/b],-3")
+
+    def test_items_go_by_their_ids_and_have_their_titles_beside(self, tmp_path):
+        (tmp_path / "titled.csv").write_text("user,item,timestamp,name\na,70,1,Pen\na,50,2,Ink\na,60,3,\n")
+        data = Interactions("titled.csv", title_column="name", max_length=2, mask_history=False)
+        predict(Fixed(3, mask_history=False), data, RecommendationWriter(top_k=3, show=0))
+        found = [(row["item"], row["title"]) for row in rows("recommendations.csv")]
+        assert found == [("70", "Pen"), ("50", "Ink"), ("60", "60")]
 
     def test_items_of_the_history_compete_where_the_model_does_not_mask(self, data):
         predict(Fixed(5, mask_history=False), data, RecommendationWriter(top_k=2, show=0))
@@ -198,7 +205,7 @@ class TestScoresOfMinusInfinity:
         assert metrics["test/unmasked/recall@5"] == 1.0  # five items are all there are
         assert metrics["test/unmasked/ndcg@5"] == pytest.approx((1 + 2 / math.log2(6)) / 3)
         (baseline,) = trainer.test(Popularity(5), datamodule=data, verbose=False)
-        assert comparison("Fixed", metrics, baseline).row_count == len(metrics)
+        assert comparison("Test", "Fixed", metrics, baseline).row_count == len(metrics)
 
 
 class TestCheckpointOfAnotherCatalogue:
@@ -288,9 +295,10 @@ class TestCommandLine:
         with pytest.raises(ValueError, match="of a catalogue of 500 items, but the data have 70"):
             main(["predict", *SYNTHETIC, "--ckpt_path", str(checkpoint), "--data.num_clusters=7"])
 
-    def test_without_a_checkpoint_there_is_nothing_to_recommend(self):
-        with pytest.raises(ValueError, match=r"predict needs --ckpt_path.*SASRec has random weights"):
-            main(["predict", *SYNTHETIC, "--trainer.logger=false"])
+    @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+    def test_random_weights_are_neither_judged_nor_asked(self, command):
+        with pytest.raises(ValueError, match=f"{command} needs --ckpt_path.*SASRec has random weights"):
+            main([command, *SYNTHETIC, "--trainer.logger=false"])
 
     def test_a_checkpoint_of_another_model_gets_a_sentence(self):
         checkpoint = str(self.fit())

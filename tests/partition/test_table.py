@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_muon.partition import ParameterRule, partition_parameters
+from lightning_muon.partition.names import ParameterName
 
 
 class Model(nn.Module):
@@ -87,6 +88,20 @@ def test_table_fits_the_width(width):
     assert "…" not in text
     for word in ("embedding", "hidden", "vector", "matrix", "lr=0.1"):
         assert word in text
+
+
+def test_long_names_break_after_dots():
+    """And where there is no dot to break after, anywhere; nothing is lost."""
+    names = ("layers.0.projection_in.weight", "a_name_that_is_long_without_any_dot.bias x12")
+    printed = []
+    for name in names:
+        console = Console(width=16, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(ParameterName(name))
+        printed.append([line.rstrip() for line in console.export_text().splitlines()])
+    assert printed == [
+        ["layers.0.", "projection_in.", "weight"],
+        ["a_name_that_is_l", "ong_without_any_", "dot.bias x12"],
+    ]
 
 
 def test_names_with_brackets_are_no_markup():

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -41,6 +41,8 @@ class Interactions(SequenceDataModule):
         item_column: name of the column of items.
         time_column: name of the column of times: numbers, or dates as ``2024-05-31`` or ``2024-05-31T12:00:00+02:00``
             (UTC where they do not say).
+        title_column: name of the column of titles, if there is one: of several for one item the first counts, and an
+            item without one goes by what it is called.
         time_unit: unit of times that are numbers: seconds or milliseconds since 1970.
         delimiter: what separates the columns of a text file.
         split: ``"leave_one_out"``: the last items of each user are held out. ``"time"``: the latest interactions.
@@ -59,6 +61,7 @@ class Interactions(SequenceDataModule):
         user_column: str = "user",
         item_column: str = "item",
         time_column: str = "timestamp",
+        title_column: str | None = None,
         time_unit: Literal["s", "ms"] = "s",
         delimiter: str = ",",
         split: Literal["leave_one_out", "time"] = "leave_one_out",
@@ -75,6 +78,7 @@ class Interactions(SequenceDataModule):
             raise ValueError(f"k_core must be 1 or more, got {k_core}.")
         self.path = Path(path).expanduser()
         self.columns = (user_column, item_column, time_column)
+        self.title_column = title_column
         self.time_unit = time_unit
         self.delimiter = delimiter
         self.split = split
@@ -83,21 +87,25 @@ class Interactions(SequenceDataModule):
     @property
     def num_items(self) -> int:
         """Size of the catalogue; reads the file."""
-        return len(self._numbered.items)
+        return len(self._log.numbered.items)
 
     @property
     def user_ids(self) -> list[Hashable]:
         """What users 1, 2, ... are called in the file."""
-        return self._numbered.users
+        return self._log.numbered.users
 
     @property
     def item_ids(self) -> list[Hashable]:
         """What items 1, 2, ... are called in the file."""
-        return self._numbered.items
+        return self._log.numbered.items
+
+    def item_names(self) -> list[str]:
+        """What items 1, 2, ... are called in the file."""
+        return [str(item) for item in self.item_ids]
 
     def item_titles(self) -> list[str]:
-        """The names of items 1, 2, ... in the file."""
-        return [str(item) for item in self.item_ids]
+        """The titles of items 1, 2, ... in the file, or what they are called there."""
+        return [self._log.titles.get(item, str(item)) for item in self.item_ids]
 
     def user_names(self) -> list[str]:
         """The names of users 0, 1, ... in the file."""
@@ -108,13 +116,13 @@ class Interactions(SequenceDataModule):
         return hashlib.sha256("\n".join(map(repr, self.item_ids)).encode()).hexdigest()
 
     def load_sequences(self) -> UserSequences:
-        return self._numbered.sequences
+        return self._log.numbered.sequences
 
     def make_protocol(self, sequences: UserSequences) -> EvaluationProtocol:
         return PROTOCOLS[self.split](sequences, self.max_length, self.samples)
 
     @cached_property
-    def _numbered(self) -> Numbered:
+    def _log(self) -> _Log:
         """The file, read once.
 
         Raises:
@@ -122,7 +130,8 @@ class Interactions(SequenceDataModule):
             ImportError: if it is Parquet and pyarrow is not installed.
             ValueError: if it lacks a column, a row is not as described, or a user has too few interactions to split.
         """
-        events = k_core(self._events(), self.k_core)
+        events, titles = self._events()
+        events = k_core(events, self.k_core)
         if not events:
             raise ValueError(f"{self.path} has no interactions" + (f" in its {self.k_core}-core." * (self.k_core > 1)))
         _warn_if_unsorted(self.path, events)
@@ -136,18 +145,19 @@ class Interactions(SequenceDataModule):
                 f"split={self.split!r} needs {least} ({len(short)} of {len(lengths)} users have fewer): drop such "
                 f"users, or set k_core={least} or more."
             )
-        return numbered
+        return _Log(numbered, titles)
 
-    def _events(self) -> list[Event]:
+    def _events(self) -> tuple[list[Event], dict[Hashable, str]]:
+        """All rows in the order of the file, and the titles of the items that have one."""
         if not self.path.exists():
             raise FileNotFoundError(f"path={str(self.path)!r} does not exist (looked for {self.path.absolute()}).")
+        columns = self.columns if self.title_column is None else (*self.columns, self.title_column)
         parquet = self.path.suffix == ".parquet"
-        rows = (
-            _parquet_rows(self.path, self.columns) if parquet else _text_rows(self.path, self.columns, self.delimiter)
-        )
+        rows = _parquet_rows(self.path, columns) if parquet else _text_rows(self.path, columns, self.delimiter)
         divisor = {"s": 1, "ms": 1000}[self.time_unit]
-        events = []
-        for where, user, item, time in rows:
+        events: list[Event] = []
+        titles: dict[Hashable, str] = {}
+        for where, user, item, time, *title in rows:
             for name, value in zip(self.columns, (user, item, time), strict=True):
                 if value is None or value == "":
                     raise ValueError(f"{self.path}, {where} has no {name}: drop such rows.")
@@ -163,11 +173,20 @@ class Interactions(SequenceDataModule):
                     "give time_unit='ms' if it counts milliseconds."
                 )
             events.append(Event(user, item, seconds))
-        return events
+            if title and title[0] not in (None, ""):
+                titles.setdefault(item, str(title[0]))
+        return events, titles
 
 
-def _text_rows(path: Path, columns: tuple[str, str, str], delimiter: str) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Where each row stands, its user, its item and its time."""
+class _Log(NamedTuple):
+    """What a file holds; ``titles`` by what items are called in it."""
+
+    numbered: Numbered
+    titles: dict[Hashable, str]
+
+
+def _text_rows(path: Path, columns: tuple[str, ...], delimiter: str) -> Iterator[tuple[Any, ...]]:
+    """Where each row stands, and its values in the columns."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter)
@@ -176,7 +195,7 @@ def _text_rows(path: Path, columns: tuple[str, str, str], delimiter: str) -> Ite
             yield f"line {rows.line_num}", *(row[name] for name in columns)
 
 
-def _parquet_rows(path: Path, columns: tuple[str, str, str]) -> Iterator[tuple[str, Any, Any, Any]]:
+def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -186,21 +205,21 @@ def _parquet_rows(path: Path, columns: tuple[str, str, str]) -> Iterator[tuple[s
     _check_columns(path, columns, file.schema_arrow.names)
     row = 0
     for batch in file.iter_batches(columns=list(columns)):
-        users, items, times = (batch.column(name) for name in columns)
+        users, items, times, *titles = (batch.column(name) for name in columns)
         if pa.types.is_timestamp(times.type):
             # Python's datetime has no nanoseconds.
             times = times.cast(pa.timestamp("us", times.type.tz), safe=False)
-        for values in zip(users.to_pylist(), items.to_pylist(), times.to_pylist(), strict=True):
+        for values in zip(*(column.to_pylist() for column in (users, items, times, *titles)), strict=True):
             row += 1
             yield f"row {row}", *values
 
 
-def _check_columns(path: Path, columns: tuple[str, str, str], found: list[str]) -> None:
+def _check_columns(path: Path, columns: tuple[str, ...], found: list[str]) -> None:
     missing = [name for name in columns if name not in found]
     if missing:
         raise ValueError(
             f"{path} has no column {', '.join(missing)}, only {', '.join(found) or 'none at all'}: name yours by "
-            "user_column, item_column and time_column."
+            "user_column, item_column, time_column and title_column."
         )
 
 

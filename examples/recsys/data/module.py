@@ -68,9 +68,13 @@ class SequenceDataModule(L.LightningDataModule):
         """Split the sequences into training, validation and test."""
         return LeaveOneOut(sequences, self.max_length, self.samples)
 
-    def item_titles(self) -> list[str]:
-        """What to call items 1, 2, ... in print: their ids, unless the source knows better."""
+    def item_names(self) -> list[str]:
+        """What tells items 1, 2, ... apart outside: their numbers, unless the source has ids of its own."""
         return [str(item) for item in range(1, self.num_items + 1)]
+
+    def item_titles(self) -> list[str]:
+        """What to call items 1, 2, ... in print: their names, unless the source knows better."""
+        return self.item_names()
 
     def item_descriptions(self) -> list[str]:
         """What else is known of items 1, 2, ... as plain text; "" where nothing is."""

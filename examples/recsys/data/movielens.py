@@ -89,6 +89,10 @@ class MovieLens1M(SequenceDataModule):
     def load_sequences(self) -> UserSequences:
         return self._ratings.sequences
 
+    def item_names(self) -> list[str]:
+        """The numbers of the movies 1, 2, ... in the file."""
+        return [str(movie) for movie in self._ratings.items]
+
     def item_titles(self) -> list[str]:
         """Titles of items 1, 2, ..., each with its year.
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from examples.recsys.data import SequenceDataModule
 from examples.recsys.models import Popularity, Recommender
 from examples.recsys.recommendations import RecommendationWriter
+from examples.recsys.semantic_ids.codes import existing_file
 from lightning_muon import MuonCLI
 
 SETTINGS_OF_USE = ("semantic_ids", "num_beams")
@@ -59,6 +60,8 @@ class RecommenderCLI(MuonCLI):
         for name in SETTINGS_OF_USE:
             if name in given.get("init_args", {}):
                 model.init_args[name] = given.init_args[name]
+        if codes := model.get("init_args", {}).get("semantic_ids"):
+            existing_file(codes)  # here, as jsonargparse would wrap what the model says of it in pages of its own
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand not in (None, "fit"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import html
 import json
 import warnings
 from pathlib import Path
@@ -127,7 +129,18 @@ class TestSharedFolders:
         assert (len(data.protocol.sequences), len(data.protocol.sequences.items)) == (24_772, 206_153)
         assert len(data.protocol.train()) == 131_837
         assert len(data.protocol.sequences.items.unique()) == data.num_items == 9_922
-        assert data.item_titles()[:2] == ["1", "2"]
+        assert data.item_titles()[:2] == data.item_names()[:2] == data.user_names()[:2] == ["1", "2"]
+
+    def test_names_are_those_of_the_files(self):
+        """They count items from 0, and have no rows of some users."""
+        data = AmazonReviews2018(INDUSTRIAL, data_dir=str(SHARED))
+        data.setup("predict")
+        with gzip.open(data.path, "rt") as file:
+            users = list(dict.fromkeys(row["user"] for row in csv.DictReader(file)))
+        assert data.user_names() == users != [str(user) for user in range(1, len(users) + 1)]
+        with gzip.open(data.path.parent / "items.jsonl.gz", "rt") as lines:
+            titles = {str(entry["item"]): html.unescape(entry["title"]) for entry in map(json.loads, lines)}
+        assert dict(zip(data.item_names(), data.item_titles(), strict=True)) == titles
 
     def test_titles_are_those_of_the_catalogue(self):
         titles = AmazonReviews2018(INDUSTRIAL, data_dir=str(SHARED)).item_titles()

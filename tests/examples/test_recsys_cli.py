@@ -112,6 +112,11 @@ def test_unknown_category_is_refused_by_name(capsys):
     assert "Toys_and_Games" in capsys.readouterr().err
 
 
+def test_missing_codes_get_a_sentence():
+    with pytest.raises(FileNotFoundError, match=r"no semantic ids at .*nowhere.csv: make them with .*rqvae_....yaml`"):
+        main(["fit", "--config", str(CONFIGS / "tiger_synthetic.yaml"), "--model.semantic_ids=nowhere.csv"])
+
+
 def test_missing_data_dir_gets_a_sentence():
     with pytest.raises(FileNotFoundError, match=r"data_dir='nowhere' has no Beauty.txt"):
         main(["fit", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.data_dir=nowhere"])

@@ -233,13 +233,6 @@ class TestBeamSearch:
         leaves, scores = beam_search(next_log_probs, tree, 2, 4)
         assert item_scores(leaves, scores, tree).shape == (2, len(codes))
 
-    def test_gradients_are_not_kept(self):
-        tree = tree_of(CATALOGUES["two items"])
-        weight = torch.zeros(CODEBOOK_SIZE, requires_grad=True)
-        with torch.no_grad():
-            _, scores = beam_search(lambda prefixes: weight.expand(*prefixes.shape[:2], -1), tree, 1, 2)
-        assert not scores.requires_grad
-
 
 class TestItemScores:
     def test_items_of_a_leaf_share_its_score_and_the_unreached_have_none(self):

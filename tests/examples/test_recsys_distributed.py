@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import lightning as L
 import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from examples.recsys.data import SyntheticSequences
-from examples.recsys.models import SASRec
+from examples.recsys.models import SASRec, SemanticIdLM
+from examples.recsys.semantic_ids.codes import SemanticIds
 
 USERS = 37
 
@@ -28,3 +32,17 @@ def test_two_processes_count_every_user_once(monkeypatch):
     two = evaluate(devices=2, strategy="ddp_spawn")
     assert two == pytest.approx(one, abs=1e-6)
     assert one["test/masked/recall@10"] * USERS == pytest.approx(round(one["test/masked/recall@10"] * USERS), abs=1e-4)
+
+
+def test_ddp_does_not_send_the_tables_of_the_codes_at_every_step(tmp_path):
+    """They are the same in all processes, and larger than many models."""
+    SemanticIds(torch.arange(200)[:, None] // torch.tensor([10, 1])).write(tmp_path / "codes.csv")
+    model = SemanticIdLM(200, str(tmp_path / "codes.csv"), hidden_size=8, num_layers=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sent = DistributedDataParallel(model).modules_buffers
+    finally:
+        dist.destroy_process_group()
+    constants = [model.codes, *model.tree.buffers()]
+    assert len(constants) == 4
+    assert not {id(buffer) for buffer in sent} & {id(buffer) for buffer in constants}

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from torch.utils.data import RandomSampler
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
+from lightning.pytorch.trainer.states import RunningStage
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from examples.recsys.data import SyntheticSequences
 from examples.recsys.data.sampling import LengthGroupedSampler
@@ -29,11 +30,21 @@ def padding(groups: list[list[int]]) -> int:
     return sum(width * len(group) for width, group in zip(longest, groups, strict=True)) - sum(LENGTHS)
 
 
+def as_in_distributed_training(loader: DataLoader, processes: int, rank: int) -> Sampler[int]:
+    """The sampler that a Trainer of several processes takes for the training loader."""
+    trainer = SimpleNamespace(
+        _accelerator_connector=SimpleNamespace(is_distributed=True, use_distributed_sampler=True),
+        distributed_sampler_kwargs={"num_replicas": processes, "rank": rank},
+        overfit_batches=0,
+    )
+    return _DataConnector(trainer)._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING).sampler
+
+
 class TestLengthGroupedSampler:
     @pytest.mark.parametrize("batch_size", [1, 8, 32, 2_003, 5_000])
     @pytest.mark.parametrize("pool_size", [1, 3, 50])
     def test_every_sample_comes_once(self, batch_size, pool_size):
-        sampler = LengthGroupedSampler(LENGTHS, batch_size, pool_size)
+        sampler = LengthGroupedSampler(LENGTHS, batch_size, pool_size=pool_size)
         order = list(sampler)
         assert len(sampler) == len(order) == 2_003
         assert sorted(order) == list(range(2_003))
@@ -46,23 +57,23 @@ class TestLengthGroupedSampler:
         assert 10 * grouped < shuffled
 
     def test_a_larger_pool_pads_less(self):
-        small, large = (padding(batches(LengthGroupedSampler(LENGTHS, 16, pool), 16)) for pool in (2, 20))
+        small, large = (padding(batches(LengthGroupedSampler(LENGTHS, 16, pool_size=pool), 16)) for pool in (2, 20))
         assert 2 * large < small
 
     def test_a_pool_of_one_batch_is_a_random_order_in_batches(self):
         order = torch.randperm(len(LENGTHS)).tolist()
         shuffled = padding([order[start : start + 16] for start in range(0, len(order), 16)])
-        assert padding(batches(LengthGroupedSampler(LENGTHS, 16, 1), 16)) == pytest.approx(shuffled, rel=0.1)
+        assert padding(batches(LengthGroupedSampler(LENGTHS, 16, pool_size=1), 16)) == pytest.approx(shuffled, rel=0.1)
 
     def test_an_incomplete_batch_comes_last_and_whole_batches_are_alike(self):
         """2,003 samples are 125 batches of 16 and one of 3; in pools of all batches nearly all are of equal length."""
-        groups = batches(LengthGroupedSampler(LENGTHS, 16, 200), 16)
+        groups = batches(LengthGroupedSampler(LENGTHS, 16, pool_size=200), 16)
         spreads = [max(values) - min(values) for values in ([LENGTHS[i] for i in group] for group in groups)]
         assert len(groups[-1]) == 3
         assert max(spreads[:-1]) <= 2
 
     def test_batches_are_in_random_order(self):
-        groups = batches(LengthGroupedSampler(LENGTHS, 16, 200), 16)[:-1]
+        groups = batches(LengthGroupedSampler(LENGTHS, 16, pool_size=200), 16)[:-1]
         means = torch.tensor([sum(LENGTHS[index] for index in group) / len(group) for group in groups])
         neighbours = torch.corrcoef(torch.stack([means[1:], means[:-1]]))[0, 1]
         assert abs(neighbours) < 0.3
@@ -96,7 +107,7 @@ class TestLengthGroupedSampler:
     @pytest.mark.parametrize(("batch_size", "pool_size", "name"), [(0, 50, "batch_size"), (8, 0, "pool_size")])
     def test_sizes_below_one_get_a_sentence(self, batch_size, pool_size, name):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
-            LengthGroupedSampler(LENGTHS, batch_size, pool_size)
+            LengthGroupedSampler(LENGTHS, batch_size, pool_size=pool_size)
 
 
 class TestLoader:
@@ -122,27 +133,26 @@ class TestLoader:
         users = torch.cat([batch["user"] for batch in self.data(group_by_length=True).val_dataloader()])
         assert users.tolist() == list(range(203))
 
-    def test_a_trainer_shares_its_batches_out_over_processes(self):
-        """Lightning wraps a sampler that it does not know, and each process takes its part of the order."""
-        sampler = LengthGroupedSampler(LENGTHS, 16)
-        parts = []
-        for rank in range(2):
-            sampler.set_epoch(0)
-            parts.append(list(DistributedSamplerWrapper(sampler, num_replicas=2, rank=rank, shuffle=False)))
-        assert len(parts[0]) == len(parts[1]) == 1_002
-        assert set(parts[0]) | set(parts[1]) == set(range(2_003))
+    @pytest.mark.parametrize("processes", [2, 3])
+    def test_processes_share_every_sample_out_evenly(self, processes):
+        parts = [list(LengthGroupedSampler(LENGTHS, 16, processes, rank)) for rank in range(processes)]
+        assert {len(part) for part in parts} == {-(-2_003 // processes)}
+        assert sorted({index for part in parts for index in part}) == list(range(2_003))
 
     def test_each_of_two_processes_gets_batches_of_about_one_length(self):
+        """By the loader that Lightning makes of ours: it shuffles the order of a sampler that does not share out."""
         data, pads = self.data(group_by_length=True, batch_size=16), {}
         for processes in (1, 2):
-            data.trainer = SimpleNamespace(world_size=processes)
-            sampler = data.train_dataloader().sampler
-            lengths = torch.tensor(data.protocol.train().lengths())
             pads[processes] = 0
             for rank in range(processes):
+                data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+                loader = data.train_dataloader()
+                sampler = loader.sampler
+                if processes > 1:
+                    sampler = as_in_distributed_training(loader, processes, rank)
                 sampler.set_epoch(0)
-                order = list(DistributedSamplerWrapper(sampler, num_replicas=processes, rank=rank, shuffle=False))
-                pads[processes] += sum(int((batch.max() - batch).sum()) for batch in lengths[order].split(16))
+                lengths = torch.tensor(data.protocol.train().lengths())[list(sampler)]
+                pads[processes] += sum(int((batch.max() - batch).sum()) for batch in lengths.split(16))
         assert pads[2] < 2 * pads[1]
 
     def test_a_trainer_fits_with_it(self):

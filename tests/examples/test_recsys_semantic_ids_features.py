@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.recsys.data import SequenceDataModule, SyntheticSequences
+from examples.recsys.data import Interactions, SequenceDataModule, SyntheticSequences
 from examples.recsys.semantic_ids.features import (
     AttributeFeatures,
     EmbeddingFile,
@@ -289,6 +289,10 @@ class TestTextFeatures:
         assert len(paths) == 3
 
     def test_a_source_without_titles_gets_a_sentence(self, encoder, tmp_path):
-        data = TextFeatures(SyntheticSequences(num_users=3), encoder, cache_dir=str(tmp_path))
-        with pytest.raises(ValueError, match="SyntheticSequences knows no titles of its items: take AttributeFeatures"):
-            data.prepare_data()
+        """Ids are none, though the data module calls the items by them."""
+        (tmp_path / "log.csv").write_text("user,item,timestamp\na,B001,1\na,B002,2\na,B003,3\n")
+        for source in (SyntheticSequences(num_users=3), Interactions(str(tmp_path / "log.csv"))):
+            data = TextFeatures(source, encoder, cache_dir=str(tmp_path))
+            name = type(source).__name__
+            with pytest.raises(ValueError, match=f"{name} knows no titles of its items: take AttributeFeatures"):
+                data.prepare_data()

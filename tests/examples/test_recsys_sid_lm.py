@@ -186,18 +186,20 @@ class TestLoss:
         assert float(model.training_step(batch, 0)) == exact
         assert float(model.train().training_step(batch, 0)) != pytest.approx(exact, rel=1e-3)
 
-    def test_each_place_of_dropout_is_used(self, make):
-        """The embedding, and the two halves of each layer."""
-        model = make(dropout=1.0, num_layers=1).train()
-        seen = []
-        for module in (
-            model.lm.model.embed_tokens,
-            model.lm.model.layers[0].self_attn.o_proj,
-            model.lm.model.layers[0],
-        ):
-            module.register_forward_hook(lambda *call: seen.append(call[2]))
-        model.lm(torch.tensor([[1, 2, 3]]))
-        assert [bool(output.any()) for output in seen] == [False, False, False]
+    @pytest.mark.parametrize(
+        "place", ["embed_tokens", *(f"layers.{n}.{half}" for n in range(2) for half in ("self_attn.o_proj", "mlp"))]
+    )
+    def test_each_place_of_dropout_is_used(self, make, place, generator):
+        """The embedding, and the two halves of each layer: at a rate of 1, all that they give in training is zero."""
+        module = make(dropout=1.0).lm.base_model.get_submodule(place)
+        inputs = torch.tensor([[1, 2, 3]]) if place == "embed_tokens" else torch.randn(1, 3, 32, generator=generator)
+        assert module(inputs).all()
+        assert not module.train()(inputs).any()
+
+    def test_dropout_leaves_the_residuals_alone(self, make, generator):
+        model = make(dropout=1.0).train().lm.base_model
+        states = torch.randn(1, 3, 32, generator=generator)
+        assert torch.equal(model(inputs_embeds=states).last_hidden_state, model.norm(states))
 
 
 class TestPartition:

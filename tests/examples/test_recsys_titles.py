@@ -140,6 +140,7 @@ class TestAmazon2014:
             assert not (tmp_path / "cache" / f"meta_{TOYS}.json.gz").exists(), "is downloaded when asked for"
             expected = ["Title 0", "Title 1", "Title 2", "Title 3", "i4", "i5", "Six & more"]
             assert data.item_titles() == expected
+            assert data.item_names() == [f"i{item}" for item in range(7)]
         # Without the server: all is in the cache.
         later = self.data(tmp_path, url)
         later.prepare_data()
@@ -148,7 +149,8 @@ class TestAmazon2014:
         assert [later.item_titles()[item - 1] for item in later.protocol.sequences[4][:3]] == ["i4", "i5", "Six & more"]
 
     def test_prepared_files_go_by_their_ids(self, tmp_path):
-        assert AmazonReviews2014(TOYS, data_dir=str(tmp_path)).item_titles()[:3] == ["1", "2", "3"]
+        data = AmazonReviews2014(TOYS, data_dir=str(tmp_path))
+        assert data.item_titles()[:3] == data.item_names()[:3] == ["1", "2", "3"]
 
     def test_a_cache_of_an_older_version_says_what_to_delete(self, web, tmp_path):
         with serve(web) as url:

@@ -121,6 +121,28 @@ class AmazonReviews2014(SequenceDataModule):
         _check_published(self.category, sequences, self.path)
         return sequences
 
+    def item_names(self) -> list[str]:
+        """The ASINs of items 1, 2, ...; with ``data_dir`` their numbers in the file.
+
+        Raises:
+            FileNotFoundError: if the download was converted by a version that kept no ASINs.
+            ValueError: if the file of ASINs is damaged.
+        """
+        if self.data_dir is not None:
+            return super().item_names()
+        if not self._asin_path.exists():
+            raise FileNotFoundError(
+                f"{self.cache_dir} has no {self._asin_path.name}, which tells the items apart: delete {self.path} to "
+                "convert the reviews again."
+            )
+        asins = self._asin_path.read_text(encoding="utf-8").split("\n")[:-1]
+        if len(asins) != self.num_items:
+            raise ValueError(
+                f"{self._asin_path} has {len(asins)} lines, but there are {self.num_items} items: delete it and "
+                f"{self.path} to convert the reviews again."
+            )
+        return asins
+
     def item_titles(self) -> list[str]:
         """Titles of items 1, 2, ...: the ASIN where the metadata have none; with ``data_dir`` the ids.
 
@@ -133,17 +155,7 @@ class AmazonReviews2014(SequenceDataModule):
         """
         if self.data_dir is not None:
             return super().item_titles()
-        if not self._asin_path.exists():
-            raise FileNotFoundError(
-                f"{self.cache_dir} has no {self._asin_path.name}, which tells the items apart: delete {self.path} to "
-                "convert the reviews again."
-            )
-        asins = self._asin_path.read_text(encoding="utf-8").split("\n")[:-1]
-        if len(asins) != self.num_items:
-            raise ValueError(
-                f"{self._asin_path} has {len(asins)} lines, but there are {self.num_items} items: delete it and "
-                f"{self.path} to convert the reviews again."
-            )
+        asins = self.item_names()
         name = f"meta_{self.category}.json.gz"
         titles = read_titles(download_gzip(f"{self.base_url}/{name}", self.cache_dir / name), set(asins))
         return [titles.get(asin, asin) for asin in asins]

@@ -6,6 +6,7 @@ reviews and fine-grained aspects".
 
 from __future__ import annotations
 
+import hashlib
 import html
 import operator
 from functools import cached_property
@@ -113,6 +114,7 @@ class AmazonReviews2018(SequenceDataModule):
         self.data_dir = data_dir
         self.cache_dir = cache_folder("amazon2018", cache_dir)
         self.base_url = base_url
+        self.users: list[str] = []
         self.labels: Tensor | None = None
 
     @property
@@ -153,7 +155,7 @@ class AmazonReviews2018(SequenceDataModule):
     def load_sequences(self) -> UserSequences:
         if self.category not in WINDOWS:
             return UserSequences.read(self.path, self.num_items)
-        sequences, self.labels = prepared.read_interactions(self.path, self.num_items)
+        sequences, self.users, self.labels = prepared.read_interactions(self.path, self.num_items)
         return sequences
 
     def make_protocol(self, sequences: UserSequences) -> EvaluationProtocol:
@@ -164,6 +166,22 @@ class AmazonReviews2018(SequenceDataModule):
             protocol = LeaveOneOut(sequences, self.max_length, self.samples)
         self._check_published(protocol, self.path)
         return protocol
+
+    def item_fingerprint(self) -> str | None:
+        """A hash of all titles, as a download could number the items otherwise; None for ``Musical_Instruments``."""
+        if self.category not in WINDOWS:
+            return None
+        return hashlib.sha256("\n".join(self.item_titles()).encode()).hexdigest()
+
+    def item_names(self) -> list[str]:
+        """The numbers of items 1, 2, ... in the files, which count from 0; for ``Musical_Instruments`` from 1."""
+        if self.category not in WINDOWS:
+            return super().item_names()
+        return [str(item) for item in range(self.num_items)]
+
+    def user_names(self) -> list[str]:
+        """What users 0, 1, ... are called in the file; for ``Musical_Instruments`` their numbers from 1."""
+        return self.users or super().user_names()
 
     def item_titles(self) -> list[str]:
         """Titles of items 1, 2, ...; for ``Musical_Instruments``, which has none, their ids."""

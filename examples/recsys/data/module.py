@@ -96,9 +96,8 @@ class SequenceDataModule(L.LightningDataModule):
         samples = self._split().train()
         if not self.group_by_length:
             return self._loader(samples, batch_size=self.batch_size, shuffle=True)
-        # Of n processes, Lightning gives each every n-th sample of the order.
-        processes = 1 if self.trainer is None else self.trainer.world_size
-        sampler = LengthGroupedSampler(samples.lengths(), self.batch_size * processes)
+        processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sampler = LengthGroupedSampler(samples.lengths(), self.batch_size, processes, rank)
         return self._loader(samples, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,21 @@ COLUMNS = ("user", "item", "timestamp")
 LABELS = {"train": TRAIN, "valid": VALIDATION, "test": TEST}
 
 
-def read_interactions(path: Path, num_items: int) -> tuple[UserSequences, Tensor | None]:
+class PreparedInteractions(NamedTuple):
+    """Sequences, what their users are called in the file, and labels for :class:`TimeSplit` where it has splits."""
+
+    sequences: UserSequences
+    users: list[str]
+    labels: Tensor | None
+
+
+def read_interactions(path: Path, num_items: int) -> PreparedInteractions:
     """Read ``user,item,timestamp`` and, where there is such a column, ``split``, from a gzipped CSV with a header.
 
     The rows of a user stand together, oldest first. Numbers in the file count from 0; item 0 becomes item 1 here.
 
     Returns:
-        The sequences, and labels (interactions,) for :class:`TimeSplit`; None if the file has no ``split``.
+        The sequences, their users, and labels (interactions,); None for those if the file has no ``split``.
 
     Raises:
         ValueError: if a column is missing, a row is not as described, or an item is outside of the catalogue.
@@ -66,7 +75,7 @@ def read_interactions(path: Path, num_items: int) -> tuple[UserSequences, Tensor
         loaded = UserSequences.from_lists(sequences, num_items, times)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return loaded, torch.tensor(labels) if "split" in columns else None
+    return PreparedInteractions(loaded, list(users), torch.tensor(labels) if "split" in columns else None)
 
 
 def read_catalogue(folder: Path, num_items: int) -> list[dict[str, str]]:

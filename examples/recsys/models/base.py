@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.metrics import NDCG, Recall, target_ranks
-from examples.recsys.models.layers import check_not_empty
+from examples.recsys.models.layers import at_least_float32, check_not_empty
 
 Batch = dict[str, Tensor]
 
@@ -168,10 +168,9 @@ class NextItemRecommender(Recommender):
         last = (batch["history"] != PADDING).sum(1).cumsum(0) - 1
         states = self.encode_batch(batch)[last]
         weight, bias = self.output_layer()
-        # In bfloat16 a catalogue shares a few hundred different scores, and ties count against the model.
         with torch.autocast(states.device.type, enabled=False):
-            scores = states.float() @ weight.float().T
-            return scores if bias is None else scores + bias.float()
+            scores = at_least_float32(states) @ at_least_float32(weight).T
+            return scores if bias is None else scores + at_least_float32(bias)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         history = batch["history"]

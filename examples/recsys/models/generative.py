@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.decoding import NextLogProbs, PrefixTree, beam_search, item_scores
 from examples.recsys.models.base import Batch, Recommender
-from examples.recsys.models.layers import check_not_empty, check_positive
+from examples.recsys.models.layers import at_least_float32, check_not_empty, check_positive
 from examples.recsys.semantic_ids.codes import SemanticIds
 
 
@@ -46,6 +47,9 @@ class GenerativeRecommender(Recommender):
         self.codebook_size = ids.codebook_size
         self.register_buffer("codes", torch.cat([ids.codes.new_zeros(1, ids.levels), ids.codes]))
         self.tree = PrefixTree(ids.codes, ids.codebook_size)
+        # DDP would send these constants to all processes at every step, and the tables are larger than many models.
+        constants = ["codes", *(f"tree.{name}" for name, _ in self.tree.named_buffers())]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
 
     @abstractmethod
     def next_code_scorer(self, batch: Batch) -> NextLogProbs:
@@ -79,11 +83,11 @@ def draw_targets(history: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_log_probs(states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
-    """Log-probabilities (..., C) of the tokens (C,) after states (..., d), among the whole vocabulary; float32.
+    """Log-probabilities (..., C) of the tokens (C,) after states (..., d), among the whole vocabulary.
 
     ``weight`` (vocabulary, d) and ``bias`` (vocabulary,) or None are the output layer's.
     """
-    # In bfloat16 codes share a few hundred different scores, and ties count against the model.
     with torch.autocast(states.device.type, enabled=False):
-        logits = F.linear(states.float(), weight.float(), None if bias is None else bias.float())
+        states, weight = at_least_float32(states), at_least_float32(weight)
+        logits = F.linear(states, weight, None if bias is None else at_least_float32(bias))
         return logits[..., tokens] - logits.logsumexp(-1, keepdim=True)

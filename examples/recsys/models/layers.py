@@ -23,6 +23,11 @@ def check_length(history: Tensor, max_length: int) -> None:
         )
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, in float32 where it has less: bfloat16 has a few hundred different scores, and ties count against us."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def check_not_empty(history: Tensor) -> None:
     """Raise ``ValueError`` that names the first row of a batch of histories (B, T) without an item."""
     empty = (history == PADDING).all(1)

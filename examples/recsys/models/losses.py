@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.recsys.models.layers import at_least_float32
+
 
 def softmax_loss(states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Cross-entropy of the softmax over all N items."""
@@ -25,11 +27,14 @@ def sampled_softmax_loss(
     target of a state does not count for that state.
     """
     negatives = torch.randint(len(weight), (num_negatives,), device=states.device)
-    positive = _pair_scores(states, targets[:, None], weight, bias)
-    negative = F.linear(states, weight[negatives], None if bias is None else bias[negatives])
-    negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
-    logits = torch.cat([positive, negative], dim=1)
-    return F.cross_entropy(logits, torch.zeros_like(targets))
+    # Cosines over a small temperature are large, and bfloat16 would round them by several percent of a probability.
+    with torch.autocast(states.device.type, enabled=False):
+        states, rows = at_least_float32(states), at_least_float32(weight[negatives])
+        positive = _pair_scores(states, targets[:, None], weight, bias)
+        negative = F.linear(states, rows, None if bias is None else at_least_float32(bias[negatives]))
+        negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
+        logits = torch.cat([positive, negative], dim=1)
+        return F.cross_entropy(logits, torch.zeros_like(targets))
 
 
 def cosine_sampled_softmax_loss(
@@ -60,5 +65,5 @@ def binary_cross_entropy_loss(
 
 def _pair_scores(states: Tensor, items: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Scores (M, K) of the K items (M, K) that each state (M, d) has of its own."""
-    scores = (weight[items] @ states[:, :, None]).squeeze(2)
+    scores = (weight[items].to(states.dtype) @ states[:, :, None]).squeeze(2)
     return scores if bias is None else scores + bias[items]

@@ -36,7 +36,8 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
     put together in the training process, from tokens that are made once.
 
     A pretrained model comes from ``checkpoint``; without it a small Qwen3 with random weights reads bytes. What was
-    fine-tuned can be saved for other programs by ``model.lm.save_pretrained`` and ``model.tokenizer.save_pretrained``.
+    fine-tuned can be saved for other programs by ``model.lm.save_pretrained`` and ``model.tokenizer.save_pretrained``;
+    with ``lora``, whose factors ``save_pretrained`` does not take, only as a checkpoint of the Trainer.
     ``load_from_checkpoint`` takes architecture and tokenizer from ``checkpoint`` again: it must still be there.
 
     Args:
@@ -176,7 +177,7 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
     def _item_titles(self) -> list[str]:
         data = getattr(self.trainer, "datamodule", None)
         titles = [] if data is None else data.item_titles()
-        if data is None or titles == [str(item) for item in range(1, self.num_items + 1)]:
+        if data is None or titles == data.item_names():
             source = "the Trainer has no data module" if data is None else f"{type(data).__name__} has none"
             raise ValueError(
                 f"The tasks {', '.join(self._tasks_with_text)} need the titles of the items, and {source}. Set tasks "

@@ -79,7 +79,7 @@ class PaperSASRec(MuonMixin, NextItemRecommender):
 
     The queries come from the normalised input, keys and values from the input itself; there is no output projection,
     and the residuals add normalised inputs. The feed-forward is two linear maps (convolutions of width 1 in the study).
-    It goes with ``samples: prefix`` and ``max_length: 10`` in the data.
+    Items start from N(0, 0.01²) and positions from N(0, 1), as in the study's code. It goes with ``samples: prefix`` and ``max_length: 10`` in the data.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
@@ -105,14 +105,13 @@ class PaperSASRec(MuonMixin, NextItemRecommender):
         super().__init__(num_items=num_items, mask_history=mask_history, **kwargs)
         self.save_hyperparameters()
         self.embedding = SequenceEmbedding(num_items, max_length, hidden_size, dropout)
-        self.embedding.reset_parameters(std=0.01)
+        self.embedding.reset_parameters(std=0.01, position_std=1.0)
         self.attention_norm = nn.LayerNorm(hidden_size)
         self.attention = CausalAttention(hidden_size, num_heads=1, dropout=dropout, output_projection=False)
         self.ffn_norm = nn.LayerNorm(hidden_size)
         self.ffn = nn.Sequential(
             nn.Linear(hidden_size, hidden_size),
             nn.ReLU(),
-            nn.Dropout(dropout),
             nn.Linear(hidden_size, hidden_size),
             nn.Dropout(dropout),
         )

@@ -75,12 +75,7 @@ class SemanticIds:
             ValueError: naming file and line, if a row is not made of whole numbers or an item comes twice; if items are
                 missing or the file has others.
         """
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(
-                f"There are no semantic ids at {path.absolute()}: make them with `python -m "
-                "examples.recsys.semantic_ids fit`, or give the path of a file `item,c1,c2,...` as semantic_ids."
-            )
+        path = existing_file(path)
         try:
             rows = _read_rows(path)
         except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
@@ -110,6 +105,21 @@ class SemanticIds:
             writer.writerow(["item", *(f"c{level}" for level in range(1, self.levels + 1))])
             writer.writerows([item, *codes] for item, codes in enumerate(self.codes.tolist(), start=1))
         unfinished.replace(path)
+
+
+def existing_file(path: str | os.PathLike[str]) -> Path:
+    """The path of codes that are there.
+
+    Raises:
+        FileNotFoundError: if they are not.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise FileNotFoundError(
+            f"There are no semantic ids at {found.absolute()}: make them with `python -m examples.recsys.semantic_ids "
+            "fit --config configs/rqvae_....yaml`, or give the path of a file `item,c1,c2,...` as semantic_ids."
+        )
+    return found
 
 
 def _read_rows(path: Path) -> dict[int, list[int]]:

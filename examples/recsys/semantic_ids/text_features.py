@@ -103,7 +103,7 @@ class TextFeatures(ItemFeatures):
     @cached_property
     def _texts(self) -> list[str]:
         titles, descriptions = self.source.item_titles(), self.source.item_descriptions()
-        if titles == [str(item) for item in range(1, len(titles) + 1)] and not any(descriptions):
+        if titles == self.source.item_names() and not any(descriptions):
             raise ValueError(
                 f"{type(self.source).__name__} knows no titles of its items: take AttributeFeatures or EmbeddingFile."
             )

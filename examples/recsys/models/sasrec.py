@@ -79,7 +79,8 @@ class PaperSASRec(MuonMixin, NextItemRecommender):
 
     The queries come from the normalised input, keys and values from the input itself; there is no output projection,
     and the residuals add normalised inputs. The feed-forward is two linear maps (convolutions of width 1 in the study).
-    Items start from N(0, 0.01²) and positions from N(0, 1), as in the study's code. It goes with ``samples: prefix`` and ``max_length: 10`` in the data.
+    Items start from N(0, 0.01²) and positions from N(0, 1), as in the study's code. It goes with ``samples: prefix``
+    and ``max_length: 10`` in the data.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.

@@ -41,7 +41,7 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         for name, value in (("batch_size", batch_size), ("pool_size", pool_size)):
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}.")
-        super().__init__(lengths, num_replicas, rank, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))  # type: ignore[arg-type]
+        super().__init__(lengths, num_replicas, rank, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
         self.lengths = torch.as_tensor(lengths)
         self.step_size = batch_size * num_replicas
         self.pool_size = pool_size

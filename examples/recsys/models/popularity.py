@@ -18,9 +18,8 @@ class Popularity(Recommender):
     def __init__(self, num_items: int, mask_history: bool = True) -> None:
         super().__init__(num_items=num_items, mask_history=mask_history)
         self.save_hyperparameters()
-        self.register_buffer(
-            "item_counts", torch.zeros(num_items, dtype=torch.int64)
-        )  # precisions leave whole numbers alone
+        # Whole numbers, which a Trainer's precision leaves alone.
+        self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))
 
     def setup(self, stage: str) -> None:
         self.item_counts = self.trainer.datamodule.item_counts().to(self.item_counts)

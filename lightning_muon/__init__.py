@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from lightning_muon.cli import MuonCLI
+from lightning_muon.configure import configure_hybrid_optimizer
 from lightning_muon.mixin import MuonMixin
 from lightning_muon.optim import (
     NAMO,
@@ -27,6 +28,7 @@ from lightning_muon.optim import (
     WeightAwareOptimizer,
 )
 from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
+from lightning_muon.use_muon import UseMuon
 
 try:
     __version__ = version("lightning-muon")
@@ -58,6 +60,8 @@ __all__ = [
     "SinkGD",
     "SpecMuon",
     "SpectralSphere",
+    "UseMuon",
     "WeightAwareOptimizer",
+    "configure_hybrid_optimizer",
     "partition_parameters",
 ]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from lightning_muon import spectra
 from lightning_muon.callbacks import PartitionSummary
-from lightning_muon.mixin import MatrixOptimizerCallable, MuonMixin, add_matrix_layouts, configure_hybrid_optimizer
+from lightning_muon.configure import MatrixOptimizerCallable
+from lightning_muon.mixin import MuonMixin
 from lightning_muon.partition import ParameterRule
 from lightning_muon.schedules import Schedule
+from lightning_muon.use_muon import UseMuon
 
 
 def main(args: ArgsType = None) -> None:
@@ -120,9 +118,7 @@ class MuonCLI(LightningCLI):
         super().instantiate_classes()
         self._forget_unused_links()
         given = self._given_settings()
-        if not isinstance(self.model, MuonMixin):
-            _train_with_muon(self.model, given)
-        elif given:
+        if isinstance(self.model, MuonMixin) and given:
             name = next(iter(given))
             raise ValueError(
                 f"--{name} is for modules without MuonMixin, and {type(self.model).__name__} has it: use "
@@ -131,16 +127,25 @@ class MuonCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer of the configuration with a :class:`PartitionSummary`; ``partition`` needs no more than that."""
-        summary = PartitionSummary(self._given_settings().get("parameter_rules"))
+        """The Trainer of the configuration, with :class:`UseMuon` for a model without the mixin."""
+        given = self._given_settings()
         if self.subcommand == "partition":
+            summary = PartitionSummary(given.get("parameter_rules"))
             return self.trainer_class(accelerator="cpu", devices=1, logger=False, callbacks=[summary])
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
-        wanted = config.get("enable_model_summary") is not False and not config.get("barebones")
-        if wanted and not any(isinstance(callback, PartitionSummary) for callback in callbacks):
-            callbacks.append(summary)
+        if not isinstance(self.model, MuonMixin):
+            configured = next((callback for callback in callbacks if isinstance(callback, UseMuon)), None)
+            if configured is None:
+                callbacks.append(configured := _OfCommandLine(**given))
+            elif given:
+                name = next(iter(given))
+                raise ValueError(
+                    f"--{name} and the callback UseMuon of trainer.callbacks both set the optimizers. Give {name} to "
+                    "one of them."
+                )
+            configured.attach(self.model)  # a model without configure_optimizers would be refused before the fit
         return super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
 
     def _given_settings(self) -> dict[str, Any]:
@@ -174,17 +179,8 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _train_with_muon(model: LightningModule, settings: dict[str, Any]) -> None:
-    def configure_optimizers(module: LightningModule) -> OptimizerLRScheduler:
-        return configure_hybrid_optimizer(module, **settings)
+class _OfCommandLine(UseMuon):
+    """:class:`UseMuon` with the names that the command line has for its settings."""
 
-    def on_save_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        type(module).on_save_checkpoint(module, checkpoint)
-        add_matrix_layouts(checkpoint, module, settings.get("parameter_rules", ()))
-
-    if is_overridden("configure_optimizers", model):
-        rank_zero_warn(
-            f"{type(model).__name__}.configure_optimizers is replaced by MuonCLI. A plain LightningCLI would run it."
-        )
-    model.configure_optimizers = MethodType(configure_optimizers, model)  # type: ignore[method-assign]
-    model.on_save_checkpoint = MethodType(on_save_checkpoint, model)  # type: ignore[method-assign]
+    replaced_by = "MuonCLI"
+    settings_named = "--matrix_optimizer, --other_optimizer and --schedule"

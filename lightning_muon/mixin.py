@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_muon.callbacks.create_graph import CreateGraph
-from lightning_muon.callbacks.optimizer_modes import OptimizerModes
-from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
-from lightning_muon.optim.foreign import differentiates_gradients, has_modes
+from lightning_muon.configure import (
+    MatrixOptimizerCallable,
+    add_matrix_layouts,
+    attached_trainer,
+    check_settings,
+    configure_hybrid_optimizer,
+)
+from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
-from lightning_muon.partition.roles import LAYOUTS_KEY
+from lightning_muon.replaced import optimizers_in, own_method, replacement_notice
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
     _ModuleMethods = LightningModule  # what the mixin may call on itself
 else:
     _ModuleMethods = object
 
-# Optimizers of this package come first, so that on a command line the bare name Muon is not taken for torch.optim.Muon.
-MatrixOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
+SETTINGS = ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules")
+"""Names of the mixin's arguments, which are its attributes too."""
 
 
 class MuonMixin(_ModuleMethods):
@@ -37,9 +42,14 @@ class MuonMixin(_ModuleMethods):
     ``pytorch_lightning`` can have it. Hand ``**kwargs`` on to ``super().__init__`` and the settings below become
     arguments of your module, in Python, on the command line and in YAML.
 
-    In a module constructed from Python, ``save_hyperparameters`` leaves these four settings out of ``hparams`` unless
-    they are plain data, because checkpoints hold no code: give them again to ``load_from_checkpoint`` if the loaded
-    module is to be trained further. A command line stores them as configuration and restores them by itself.
+    Where a base class has a ``configure_optimizers`` too, the mixin's is used, and a warning at the start of the fit
+    says which optimizer, learning rate and scheduler are not. A ``configure_optimizers`` in the class itself is used
+    in place of the mixin's, and has to call ``super().configure_optimizers()``: do that to keep a scheduler of your
+    own. See also :func:`lightning_muon.configure_hybrid_optimizer`.
+
+    ``hparams`` and checkpoints hold those settings only that are plain data, because checkpoints hold no code: give the
+    others again to ``load_from_checkpoint`` if the loaded module is to be trained further. A command line stores what
+    was given as configuration and restores it by itself.
 
     Args:
         *args: handed on to the next class.
@@ -53,6 +63,8 @@ class MuonMixin(_ModuleMethods):
     Raises:
         TypeError: at class definition, if a ``LightningModule`` stands before the mixin among the bases. At
             construction, if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
+        AttributeError: if the module uses the name of a setting for something of its own.
+        RuntimeError: at the start of a fit, if a ``configure_optimizers`` of the class never calls the mixin's.
 
     Example::
 
@@ -81,7 +93,6 @@ class MuonMixin(_ModuleMethods):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _check_settings(matrix_optimizer, other_optimizer, schedule)
         self.matrix_optimizer = matrix_optimizer
         self.other_optimizer = other_optimizer
         self.schedule = schedule
@@ -96,6 +107,22 @@ class MuonMixin(_ModuleMethods):
                 f"MuonMixin must stand before LightningModule among the bases of {cls.__name__}, or its settings and "
                 f"configure_optimizers are never reached. Write `class {cls.__name__}(MuonMixin, {bases})`."
             )
+        # Methods that stand before the mixin's in the order of calls: nobody has to call super() for these checks.
+        for name, checked in (("configure_optimizers", _reaching_ours), ("configure_callbacks", _unless_replaced)):
+            owner = next((base for base in before if name in vars(base)), None)
+            if owner is not None and not hasattr(vars(owner)[name], "_checked_by_muon_mixin"):
+                setattr(cls, name, checked(vars(owner)[name]))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS:
+            _check_setting(type(self).__name__, name, value)
+        super().__setattr__(name, value)
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As in torch; the names of the mixin's settings are taken."""
+        if name in SETTINGS:
+            raise _name_taken(type(self).__name__, name, "a buffer")
+        super().register_buffer(name, *args, **kwargs)
 
     def partition(self) -> Partition:
         """Which optimizer takes each parameter of this module, and why; its ``table()`` prints with Rich.
@@ -112,25 +139,36 @@ class MuonMixin(_ModuleMethods):
             RuntimeError: if there is a schedule but no Trainer to say how long the run is, or if the strategy shards
                 matrices into flat pieces.
         """
-        return configure_hybrid_optimizer(
+        vars(self)[_REACHED] = True
+        check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
+        _warn_of_inner_settings(self)
+        configured = configure_hybrid_optimizer(
             self, self.matrix_optimizer, self.other_optimizer, self.schedule, self.parameter_rules
         )
+        method = own_method(type(self), after=MuonMixin)
+        if method is not None and attached_trainer(self) is not None:
+            rank_zero_warn(
+                replacement_notice(
+                    self,
+                    functools.partial(method, self),
+                    configured,
+                    by="MuonMixin",
+                    settings="matrix_optimizer, other_optimizer and schedule",
+                    keep=f"define configure_optimizers in {type(self).__name__}, take the optimizer from "
+                    "super().configure_optimizers() and return it with your scheduler",
+                )
+            )
+        return configured
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Nothing to add; the first hook of a run, used to refuse an optimizer that would replace this one unseen."""
-        if "configure_optimizers" in vars(self):
-            raise RuntimeError(
-                f"{type(self).__name__}.configure_optimizers of MuonMixin was replaced on the instance, as "
-                "LightningCLI does for --optimizer. Leave out --optimizer and --lr_scheduler, and set "
-                "model.matrix_optimizer, model.other_optimizer and model.schedule. MuonCLI and "
-                "LightningCLI(auto_configure_optimizers=False) do without these options."
-            )
+        _check_not_replaced(self)
         return super().configure_callbacks()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how the matrices are read, under ``"matrix_layouts"``, for ``lightning-muon spectra``."""
         super().on_save_checkpoint(checkpoint)
-        add_matrix_layouts(checkpoint, self, self.parameter_rules)
+        add_matrix_layouts(checkpoint, self)
 
     def save_hyperparameters(
         self,
@@ -139,79 +177,116 @@ class MuonMixin(_ModuleMethods):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """As in Lightning, less those settings of the mixin that are objects, which no checkpoint can hold."""
+        """As in Lightning, less the mixin's settings that were not given, or are objects, which no checkpoint holds."""
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
-        for name in ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules"):
-            if not _is_plain(self.hparams.get(name)):
+        own = _own_arguments(type(self))
+        for name in SETTINGS:
+            if name not in self.hparams:
+                continue
+            value = self.hparams[name]
+            if not _is_plain(value) or (name not in own and not value):
                 del self.hparams[name]
                 vars(self)["_hparams_initial"].pop(name, None)
 
 
-def configure_hybrid_optimizer(
-    module: LightningModule,
-    matrix_optimizer: MatrixOptimizerCallable | None = None,
-    other_optimizer: OptimizerCallable | None = None,
-    schedule: Schedule | None = None,
-    parameter_rules: Sequence[ParameterRule] = (),
-) -> OptimizerLRScheduler:
-    """What ``configure_optimizers`` of any LightningModule may return to train it as :class:`MuonMixin` does.
+_REACHED = "_muon_mixin_reached"
 
-    Args:
-        module: the module to train.
-        matrix_optimizer: called with the param groups of the matrices; None for Muon.
-        other_optimizer: called with the other param groups; None for AdamW.
-        schedule: multiplier of all learning rates; None to leave them constant.
-        parameter_rules: where parameters go and with which options, on top of what is found by itself.
 
-    Raises:
-        ValueError: if the schedule needs the length of a run that has none; names ``max_steps``.
-        RuntimeError: if there is a schedule but no Trainer, if the strategy shards matrices into flat pieces, or if
-            gradients can not be differentiated where an optimizer does so.
-    """
-    trainer = _attached_trainer(module)
-    if trainer is not None:
-        _check_strategy(trainer)
-        _warn_if_clipped_by_value(trainer)
-    optimizer = HybridOptimizer.from_module(module, matrix_optimizer, other_optimizer, parameter_rules)
-    if trainer is not None:
-        _add_callbacks(trainer, optimizer)
-    if schedule is None:
-        return optimizer
-    if trainer is None:
+def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``configure_optimizers`` that stands before the mixin's, and has to end in it."""
+
+    @functools.wraps(method)
+    def configure_optimizers(self: MuonMixin) -> Any:
+        vars(self).pop(_REACHED, None)
+        configured = method(self)
+        if not vars(self).pop(_REACHED, False):
+            _check_own(self, method, configured)
+        return configured
+
+    configure_optimizers._checked_by_muon_mixin = True  # type: ignore[attr-defined]
+    return configure_optimizers
+
+
+def _unless_replaced(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``configure_callbacks`` that stands before the mixin's."""
+
+    @functools.wraps(method)
+    def configure_callbacks(self: MuonMixin) -> Any:
+        _check_not_replaced(self)
+        return method(self)
+
+    configure_callbacks._checked_by_muon_mixin = True  # type: ignore[attr-defined]
+    return configure_callbacks
+
+
+def _check_own(module: MuonMixin, method: Callable[..., Any], configured: Any) -> None:
+    """Refuse what a ``configure_optimizers`` made that never called the mixin's, unless it is a hybrid by itself."""
+    given = [name for name in SETTINGS if getattr(module, name)]
+    optimizers, _ = optimizers_in(configured)
+    if not given and any(isinstance(optimizer, HybridOptimizer) for optimizer in optimizers):
+        return
+    names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
+    unused = f"the settings {', '.join(given)} are not used" if given else "no matrix is trained with Muon"
+    raise RuntimeError(
+        f"{method.__qualname__} returns {names} and never calls MuonMixin's, so that {unused}. Take the optimizer from "
+        "`super().configure_optimizers()` and return it, with your scheduler if you have one; or remove "
+        f"configure_optimizers. To train without Muon, leave MuonMixin out of the bases of {type(module).__name__}."
+    )
+
+
+def _check_not_replaced(module: MuonMixin) -> None:
+    if "configure_optimizers" in vars(module):
         raise RuntimeError(
-            f"{type(module).__name__} has a schedule but no Trainer that knows the length of the run. Outside a "
-            "Trainer, construct the module without schedule and use schedule.scheduler(optimizer, total_steps)."
+            f"{type(module).__name__}.configure_optimizers of MuonMixin was replaced on the instance, as "
+            "LightningCLI does for --optimizer. Leave out --optimizer and --lr_scheduler, and set "
+            "model.matrix_optimizer, model.other_optimizer and model.schedule. MuonCLI and "
+            "LightningCLI(auto_configure_optimizers=False) do without these options."
         )
-    scheduler = schedule.scheduler(optimizer, trainer.estimated_stepping_batches)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
-def add_matrix_layouts(
-    checkpoint: dict[str, Any], module: LightningModule, parameter_rules: Sequence[ParameterRule] = ()
-) -> None:
-    """Write into a checkpoint how the matrices of a module are read (:meth:`Partition.layouts`)."""
-    try:
-        checkpoint[LAYOUTS_KEY] = partition_parameters(module, parameter_rules).layouts()
-    except (TypeError, ValueError) as error:  # no reason to lose a checkpoint
-        rank_zero_warn(f"The checkpoint does not say how matrices are read: {error}")
+def _warn_of_inner_settings(module: MuonMixin) -> None:
+    for name, part in module.named_modules():
+        given = [key for key in SETTINGS if part is not module and isinstance(part, MuonMixin) and getattr(part, key)]
+        if given:
+            rank_zero_warn(
+                f"{', '.join(given)} of the inner module {name!r} ({type(part).__name__}) are not used: the settings "
+                f"of {type(module).__name__} hold for all of it. Give them there; rules select by name, e.g. "
+                f"ParameterRule(pattern='{name}.*', options={{'lr': 1e-3}})."
+            )
+
+
+def _check_setting(module: str, name: str, value: Any) -> None:
+    """Raise unless a value can be the setting: the module may be using the name for something of its own."""
+    if name == "parameter_rules":
+        plausible = value is None or (
+            isinstance(value, Sequence) and all(isinstance(rule, ParameterRule) for rule in value)
+        )
+        if not plausible:
+            raise _name_taken(module, name, type(value).__name__)
+        return
+    if hasattr(value, "parameters") and hasattr(value, "named_modules"):
+        raise _name_taken(module, name, "a submodule")
+    check_settings(
+        **{"matrix_optimizer": None, "other_optimizer": None, "schedule": None, name: value}, where=f"{module}."
+    )
+
+
+def _name_taken(module: str, name: str, kind: str) -> AttributeError:
+    return AttributeError(
+        f"{module}.{name} is a setting of MuonMixin and cannot be {kind} of the module's own. Give that another name."
+    )
 
 
 def _is_lightning_module(cls: type) -> bool:
     return cls.__name__ == "LightningModule" and cls.__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
-def _check_settings(matrix_optimizer: object, other_optimizer: object, schedule: object) -> None:
-    for name, value in (("matrix_optimizer", matrix_optimizer), ("other_optimizer", other_optimizer)):
-        if value is not None and not callable(value):
-            raise TypeError(
-                f"{name} must be a class or function that is called with param groups, e.g. functools.partial(Muon, "
-                f"lr=1e-3), got an object of type {type(value).__name__}."
-            )
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule must be a lightning_muon.schedules.Schedule, e.g. Cosine(warmup=0.02), got {schedule!r}."
-        )
+def _own_arguments(cls: type) -> set[str]:
+    """Names among the settings that a constructor of the module lists itself, so that they are its hyperparameters."""
+    before = cls.__mro__[: cls.__mro__.index(MuonMixin)]
+    listed = [inspect.signature(base.__init__).parameters for base in before if "__init__" in vars(base)]  # type: ignore[misc]
+    return {name for name in SETTINGS if any(name in parameters for parameters in listed)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -221,46 +296,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return value is None or type(value) in (str, bool, int, float)
-
-
-def _attached_trainer(module: LightningModule) -> Trainer | None:
-    try:
-        trainer = module.trainer
-    except RuntimeError:  # no Trainer
-        return None
-    return trainer if hasattr(trainer, "max_steps") else None  # Fabric stands in for a Trainer
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    for name in (cls.__name__ for cls in type(trainer.strategy).__mro__):
-        if name in ("FSDPStrategy", "DeepSpeedStrategy"):
-            raise RuntimeError(
-                f"{name} flattens matrices into one-dimensional shards, so that none is left to orthogonalize. Use "
-                "strategy='ddp', which keeps them whole."
-            )
-
-
-def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer) -> None:
-    """What optimizers of other packages need around the step; nothing for most."""
-    needed: list[type[CreateGraph] | type[OptimizerModes]] = []
-    children = optimizer.optimizers.values()
-    if any(map(has_modes, children)):
-        needed.append(OptimizerModes)
-    second_order = [type(child).__name__ for child in children if differentiates_gradients(child)]
-    if second_order:
-        if trainer.world_size > 1 or getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise RuntimeError(
-                f"{second_order[0]} differentiates the gradients, and those that several processes average or a "
-                "gradient scaler scales have the wrong derivatives. Train in one process without '16-mixed'."
-            )
-        needed.append(CreateGraph)
-    present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    trainer.callbacks.extend(kind() for kind in needed if kind not in present)  # type: ignore[attr-defined]
-
-
-def _warn_if_clipped_by_value(trainer: Trainer) -> None:
-    if trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm == "value":
-        rank_zero_warn(
-            "gradient_clip_algorithm='value' changes the direction of a matrix's gradient, which is what Muon goes by. "
-            "gradient_clip_algorithm='norm' keeps it."
-        )

@@ -7,8 +7,11 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+_SAVED_SCHEDULE = "schedule_name"
 
 
 class Schedule(ABC):
@@ -29,7 +32,7 @@ class Schedule(ABC):
     def __init__(self, warmup: float = 0.0) -> None:
         self.warmup = _checked_length("warmup", warmup)
 
-    def __call__(self, progress: float, total_steps: int | None = None) -> float:
+    def __call__(self, progress: float, total_steps: float | None = None) -> float:
         """The multiplier once a share ``progress`` of the run is done.
 
         Args:
@@ -47,10 +50,10 @@ class Schedule(ABC):
         return self.after_warmup(min(progress, 1.0), warmup, total_steps)
 
     @abstractmethod
-    def after_warmup(self, progress: float, warmup: float, total_steps: int | None) -> float:
+    def after_warmup(self, progress: float, warmup: float, total_steps: float | None) -> float:
         """The multiplier at ``progress``, in [warmup, 1]; ``warmup`` is a share of the run here."""
 
-    def at_step(self, step: int, total_steps: int) -> float:
+    def at_step(self, step: int, total_steps: float) -> float:
         """The multiplier of optimizer step ``step``, counted from 0, in a run of ``total_steps``."""
         return self((step + 0.5) / total_steps, total_steps)
 
@@ -86,11 +89,12 @@ class Schedule(ABC):
 
 
 class ScheduledLR(LRScheduler):
-    """Sets the learning rate of each param group to its own initial one times the multiplier of a schedule.
+    """Sets the learning rate of each param group to its own peak rate times the multiplier of a schedule.
 
-    It is a ``torch.optim.lr_scheduler.LambdaLR`` for all groups at once that also takes groups added during the run, as
-    when layers are unfrozen: they go on from the learning rate that they are added with. Its state is the number of
-    steps taken: a resumed run follows the schedule, and the length of the run, that it is given anew.
+    It is a ``torch.optim.lr_scheduler.LambdaLR`` for all groups at once. It also takes groups that join during the run,
+    as when layers are unfrozen: the rate that a group is added with is its rate at the peak of the schedule. Its state
+    is the number of steps taken and the name of the schedule: a resumed run follows the schedule, and the length of the
+    run, that it is given anew, and a warning says so where the saved schedule was another.
 
     Args:
         optimizer: the optimizer to schedule.
@@ -99,7 +103,7 @@ class ScheduledLR(LRScheduler):
         last_epoch: number of the last step taken; -1 for a new run.
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: int, last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: float, last_epoch: int = -1) -> None:
         self.schedule = schedule
         self.total_steps = total_steps
         super().__init__(optimizer, last_epoch)
@@ -107,16 +111,38 @@ class ScheduledLR(LRScheduler):
     def get_lr(self) -> list[Any]:
         """The learning rates of the step that comes next, one a group."""
         multiplier = self.schedule.at_step(self.last_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            if "initial_lr" not in group:
-                before = self.schedule.at_step(self.last_epoch - 1, self.total_steps)
-                group["initial_lr"] = group["lr"] / before if before > 0 else group["lr"]
-        return [group["initial_lr"] * multiplier for group in self.optimizer.param_groups]
+        return [group.setdefault("initial_lr", group["lr"]) * multiplier for group in self.optimizer.param_groups]
+
+    def set_length(self, total_steps: float) -> None:
+        """Change the length of the run, and the learning rates of the next step with it.
+
+        Args:
+            total_steps: optimizer steps of the whole run, those that are done included.
+        """
+        self.total_steps = total_steps
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, which a checkpoint loads with ``weights_only=True``."""
+        """Plain values, which a checkpoint loads with ``weights_only=True``."""
         state: dict[str, Any] = super().state_dict()
-        return {key: value for key, value in state.items() if key not in ("schedule", "total_steps")}
+        kept = {key: value for key, value in state.items() if key not in ("schedule", "total_steps")}
+        return {**kept, _SAVED_SCHEDULE: repr(self.schedule)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the step at which ``state_dict`` was saved; warns if that was under another schedule."""
+        saved = state_dict.get(_SAVED_SCHEDULE)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != _SAVED_SCHEDULE})
+        if saved is not None and saved != repr(self.schedule):
+            warnings.warn(
+                f"The saved run had the schedule {saved}. This one goes on at step {self.last_epoch} with "
+                f"{self.schedule!r}, the schedule that is given now.",
+                stacklevel=2,
+            )
 
 
 class Constant(Schedule):
@@ -130,7 +156,7 @@ class Constant(Schedule):
         Constant(warmup=100)
     """
 
-    def after_warmup(self, progress: float, warmup: float, total_steps: int | None) -> float:
+    def after_warmup(self, progress: float, warmup: float, total_steps: float | None) -> float:
         return 1.0
 
 
@@ -150,7 +176,7 @@ class Linear(Schedule):
         super().__init__(warmup)
         self.final = _checked_final(final)
 
-    def after_warmup(self, progress: float, warmup: float, total_steps: int | None) -> float:
+    def after_warmup(self, progress: float, warmup: float, total_steps: float | None) -> float:
         return 1.0 + (self.final - 1.0) * _share_done(progress, warmup)
 
 
@@ -170,7 +196,7 @@ class Cosine(Schedule):
         super().__init__(warmup)
         self.final = _checked_final(final)
 
-    def after_warmup(self, progress: float, warmup: float, total_steps: int | None) -> float:
+    def after_warmup(self, progress: float, warmup: float, total_steps: float | None) -> float:
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * _share_done(progress, warmup)))
 
 
@@ -201,7 +227,7 @@ class WarmupStableDecay(Schedule):
                 f"warmup={warmup} and decay={decay} are fractions of the run and add up to more than 1. Shorten one."
             )
 
-    def after_warmup(self, progress: float, warmup: float, total_steps: int | None) -> float:
+    def after_warmup(self, progress: float, warmup: float, total_steps: float | None) -> float:
         start = max(warmup, 1.0 - _share_of_run("decay", self.decay, total_steps))
         return 1.0 + (self.final - 1.0) * _share_done(max(progress, start), start)
 
@@ -233,7 +259,7 @@ def _checked_final(value: float) -> float:
     return value
 
 
-def _share_of_run(name: str, length: float, total_steps: int | None) -> float:
+def _share_of_run(name: str, length: float, total_steps: float | None) -> float:
     if length < 1:
         return length
     if total_steps is None:

@@ -270,7 +270,7 @@ def test_settings_for_a_module_without_the_mixin():
 
 
 def test_a_module_with_an_optimizer_of_its_own_is_told_that_it_is_replaced():
-    with pytest.warns(UserWarning, match=r"WithOptimizer\.configure_optimizers is replaced"):
+    with pytest.warns(UserWarning, match=r"MuonCLI replaces WithOptimizer\.configure_optimizers: its SGD\(lr=0\.1"):
         cli = run("fit", classes=(WithOptimizer, Items))
     assert isinstance(cli.trainer.optimizers[0], HybridOptimizer)
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -124,17 +125,40 @@ def test_schedules_and_their_schedulers_can_be_pickled_and_copied(schedule):
     assert scheduler.get_last_lr() == schedule.scheduler(two_groups(), 10).get_last_lr()
 
 
-def test_groups_added_during_the_run_go_on_from_their_learning_rate():
-    schedule, optimizer = Linear(), two_groups(lrs=(0.1,))
+@pytest.mark.parametrize("schedule", [Linear(), Constant(warmup=9), Cosine(warmup=0.5)], ids=repr)
+def test_a_group_added_during_the_run_has_its_rate_at_the_peak(schedule):
+    optimizer = two_groups(lrs=(0.1,))
     scheduler = schedule.scheduler(optimizer, 10)
     for step in range(10):
         if step == 5:
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.02})
-        rates = [group["lr"] for group in optimizer.param_groups]
-        expected = [0.1 * schedule.at_step(step, 10), 0.02 * schedule.at_step(step, 10) / schedule.at_step(5, 10)]
-        assert rates == pytest.approx(expected if step >= 5 else expected[:1])
+        elif step > 5:
+            assert optimizer.param_groups[1]["lr"] == pytest.approx(0.02 * schedule.at_step(step, 10))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * schedule.at_step(step, 10))
         optimizer.step()
         scheduler.step()
+
+
+def test_a_length_set_anew_moves_the_rates_at_once():
+    optimizer = two_groups()
+    scheduler = Linear().scheduler(optimizer, 10)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    scheduler.set_length(20)
+    assert [group["lr"] for group in optimizer.param_groups] == scheduler.get_last_lr()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["initial_lr"] * (1 - 4.5 / 20))
+
+
+def test_another_schedule_than_the_saved_one_is_named():
+    state = Cosine(warmup=3).scheduler(two_groups(), 12).state_dict()
+    with pytest.warns(UserWarning, match=r"saved run had the schedule Cosine\(warmup=3, final=0\.0\)\. .*Linear\("):
+        Linear().scheduler(two_groups(), 12).load_state_dict(state)
+    before = {key: value for key, value in state.items() if key != "schedule_name"}  # of an older version
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Linear().scheduler(two_groups(), 12).load_state_dict(before)
+        Cosine(warmup=3).scheduler(two_groups(), 12).load_state_dict(state)
 
 
 def test_agrees_with_lambda_lr():

@@ -1,0 +1,127 @@
+"""ScheduleLength: a schedule ends where the run ends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_muon.callbacks.lookup import callbacks_named
+from lightning_muon.schedules import ScheduledLR
+
+
+class ScheduleLength(Callback):
+    """Keeps the end of a schedule at the end of the run when the length of the run changes.
+
+    The number of steps that are left is counted anew at the start of each epoch: after a search for the batch size,
+    with a ``GradientAccumulationScheduler``, in a second ``fit``, with another ``max_steps`` or other data on resume.
+    Under ``max_time`` the schedule follows the clock wherever that ends the run first, the same on all processes.
+    A rate that ``LearningRateFinder`` has found becomes the rate at the schedule's peak.
+
+    Under manual optimization the module steps its schedule itself: the length that the run had at its start stays. A
+    warning names a schedule that nobody steps.
+
+    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
+    themselves. It looks at schedulers of :mod:`lightning_muon.schedules` only.
+
+    Example::
+
+        Trainer(callbacks=[ScheduleLength()])
+    """
+
+    def __init__(self) -> None:
+        self._begins = True
+        self._length = math.inf
+        self._found: Any = None
+        self._unstepped: list[ScheduledLR] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begins = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        schedulers = _schedulers(trainer)
+        if not schedulers or not pl_module.automatic_optimization:
+            return
+        begins, self._begins = self._begins, False
+        if begins:
+            self._take_found_rate(trainer)
+            self._length = schedulers[0].last_epoch + steps_left(trainer, batch_idx)
+        share = share_of_time(trainer)
+        if not begins and share is None:
+            return
+        for scheduler in schedulers:
+            by_clock = (scheduler.last_epoch + 0.5) / share if share else math.inf
+            scheduler.set_length(max(min(self._length, by_clock), 1.0))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for scheduler in _schedulers(trainer):
+            if scheduler.last_epoch == 0 and trainer.global_step > 0 and scheduler not in self._unstepped:
+                self._unstepped.append(scheduler)
+                how = (
+                    "Call self.lr_schedulers().step() after each step of the optimizer."
+                    if not pl_module.automatic_optimization
+                    else "Call scheduler.step() in lr_scheduler_step."
+                )
+                rank_zero_warn(
+                    f"{type(pl_module).__name__} has the schedule {scheduler.schedule!r}, but never steps it: all "
+                    f"learning rates stay where its first step has them. {how}"
+                )
+
+    def _take_found_rate(self, trainer: Trainer) -> None:
+        """Make what a LearningRateFinder wrote into ``lr`` the rate at the peak, or the next step would undo it."""
+        for finder in callbacks_named(trainer, "LearningRateFinder"):
+            if finder.optimal_lr is None or finder.optimal_lr is self._found:
+                continue
+            self._found = finder.optimal_lr
+            rate = self._found.suggestion()
+            for scheduler in _schedulers(trainer):
+                groups = scheduler.optimizer.param_groups
+                if rate is not None and all(group["lr"] == rate for group in groups):
+                    for group in groups:
+                        group["initial_lr"] = rate
+
+
+def steps_of_run(trainer: Trainer) -> float:
+    """Optimizer steps of a fit that is about to start; infinite if unknown. Loads the training data if need be."""
+    if trainer.max_epochs != -1 or trainer.max_steps != -1:
+        _ = trainer.estimated_stepping_batches  # loads the data, which has the number of batches
+    return steps_left(trainer, 0)
+
+
+def steps_left(trainer: Trainer, batches_done: int) -> float:
+    """Optimizer steps until the end of the run; infinite if unknown.
+
+    Args:
+        trainer: about to train a batch.
+        batches_done: how many batches of the current epoch are done.
+    """
+    by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
+    batches = trainer.num_training_batches
+    if trainer.max_epochs in (-1, None) or math.isinf(batches):
+        return by_steps
+    first = trainer.current_epoch
+    by_epochs = sum(math.ceil(batches / _accumulation(trainer, epoch)) for epoch in range(first, trainer.max_epochs))
+    return min(by_steps, by_epochs - batches_done // _accumulation(trainer, first))
+
+
+def share_of_time(trainer: Trainer) -> float | None:
+    """How much of ``max_time`` is used up, the same on all processes; None without a limit."""
+    shares = []
+    for timer in callbacks_named(trainer, "Timer"):
+        left = timer.time_remaining()
+        if left is not None:
+            elapsed = timer.time_elapsed()
+            shares.append(min(elapsed / max(elapsed + left, 1e-9), 1.0))
+    return trainer.strategy.broadcast(max(shares)) if shares else None
+
+
+def _accumulation(trainer: Trainer, epoch: int) -> int:
+    for scheduler in callbacks_named(trainer, "GradientAccumulationScheduler"):
+        return int(scheduler.get_accumulate_grad_batches(epoch))
+    return trainer.accumulate_grad_batches
+
+
+def _schedulers(trainer: Trainer) -> list[ScheduledLR]:
+    return [c.scheduler for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, ScheduledLR)]

@@ -1,0 +1,135 @@
+"""UseMuon: the callback that trains a LightningModule of somebody else with Muon."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_muon.configure import (
+    MatrixOptimizerCallable,
+    add_matrix_layouts,
+    check_settings,
+    configure_hybrid_optimizer,
+)
+from lightning_muon.mixin import MuonMixin
+from lightning_muon.partition import ParameterRule
+from lightning_muon.replaced import own_method, replacement_notice
+from lightning_muon.schedules import Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+
+class UseMuon(Callback):
+    """Trains hidden matrices with Muon and the rest with AdamW, in a module that stays as it is.
+
+    For modules that you cannot or do not want to give :class:`MuonMixin`, and for packages that build the module, its
+    optimizer or the Trainer themselves and take ``callbacks``. During a fit it stands in for the module's
+    ``configure_optimizers``; a warning says which optimizer, learning rate and scheduler are not used. After the fit
+    the module is as it was, and its checkpoints load in its own class: ``Theirs.load_from_checkpoint(path)``. To go
+    on from a checkpoint (``fit(ckpt_path=...)``) give the callback with the same settings.
+
+    It runs in Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``. Lightning wants every module to define a
+    ``configure_optimizers``: one that does not needs an empty one, or the mixin, or :class:`MuonCLI`.
+
+    Args:
+        matrix_optimizer: called with the param groups of the matrices: a class or ``functools.partial(Muon, lr=1e-3)``.
+            None for :class:`lightning_muon.Muon`.
+        other_optimizer: called with the param groups of all other parameters; None for ``torch.optim.AdamW``.
+        schedule: multiplier of all learning rates, e.g. ``Cosine(warmup=0.02)``; None to leave them constant.
+        parameter_rules: where parameters go and with which options, on top of what is found by itself.
+
+    Raises:
+        TypeError: if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
+        RuntimeError: at the start of a fit, if the module has :class:`MuonMixin`, if an optimizer was put on the
+            instance, as ``LightningCLI`` does for ``--optimizer``, or if the module trains with several optimizers.
+
+    Example::
+
+        Trainer(callbacks=[UseMuon(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))])
+    """
+
+    replaced_by = "UseMuon"
+    """What messages call the part that takes the place of ``configure_optimizers``."""
+    settings_named = "matrix_optimizer, other_optimizer and schedule of UseMuon"
+    """What messages say is to be set instead."""
+
+    def __init__(
+        self,
+        matrix_optimizer: MatrixOptimizerCallable | None = None,
+        other_optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        parameter_rules: list[ParameterRule] | None = None,
+    ) -> None:
+        check_settings(matrix_optimizer, other_optimizer, schedule)
+        self.matrix_optimizer = matrix_optimizer
+        self.other_optimizer = other_optimizer
+        self.schedule = schedule
+        self.parameter_rules: Sequence[ParameterRule] = tuple(parameter_rules or ())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.attach(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.detach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.detach(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        add_matrix_layouts(checkpoint, pl_module, self.parameter_rules)
+
+    def attach(self, module: LightningModule) -> None:
+        """Stand in for ``module.configure_optimizers``; a fit does it by itself.
+
+        Raises:
+            RuntimeError: if the module has the mixin, or an optimizer of its own on the instance.
+        """
+        kind = type(module).__name__
+        if isinstance(module, MuonMixin):
+            raise RuntimeError(
+                f"{kind} has MuonMixin, which does what UseMuon does: give the settings to {kind}, not both."
+            )
+        present = vars(module).get("configure_optimizers")
+        if present is not None and not _is_ours(present):
+            raise RuntimeError(
+                f"{kind}.configure_optimizers was replaced on the instance, as LightningCLI does for --optimizer: "
+                "one of both would have no effect. Leave out --optimizer and --lr_scheduler, or UseMuon."
+            )
+        # A partial of a function of this module: unlike a bound method it survives pickling, as for ddp_spawn.
+        module.configure_optimizers = functools.partial(_configure_optimizers, module, self)  # type: ignore[method-assign]
+
+    def detach(self, module: LightningModule) -> None:
+        """Leave the module as it was."""
+        if _is_ours(vars(module).get("configure_optimizers")):
+            del module.configure_optimizers
+
+
+def _configure_optimizers(module: LightningModule, settings: UseMuon) -> OptimizerLRScheduler:
+    configured = configure_hybrid_optimizer(
+        module, settings.matrix_optimizer, settings.other_optimizer, settings.schedule, settings.parameter_rules
+    )
+    method = own_method(type(module))
+    if method is not None:
+        rank_zero_warn(
+            replacement_notice(
+                module,
+                functools.partial(method, module),
+                configured,
+                by=settings.replaced_by,
+                settings=settings.settings_named,
+                keep=f"leave out {settings.replaced_by}, make the optimizer in configure_optimizers by "
+                "lightning_muon.configure_hybrid_optimizer(self, ...) and return it with your scheduler",
+            )
+        )
+    return configured
+
+
+def _is_ours(attribute: object) -> bool:
+    return isinstance(attribute, functools.partial) and attribute.func is _configure_optimizers

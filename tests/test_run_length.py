@@ -1,0 +1,255 @@
+"""The end of a schedule is the end of the run, in every way in which a run's length changes."""
+
+import csv
+import time
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    Timer,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from lightning_muon import Muon, MuonMixin, NorMuon, UseMuon
+from lightning_muon.schedules import Constant, Cosine, Linear, WarmupStableDecay
+from tests.lightning_helpers import BATCH, Bare, Items, Net, WithOptimizer, trainer
+
+PEAK = {"matrix": 0.02, "other": 0.001}
+MATRIX = {
+    "AdamW": partial(torch.optim.AdamW, lr=0.02),
+    "Muon": partial(Muon, lr=0.02),
+    "NorMuon": partial(NorMuon, lr=0.02),
+}
+
+
+class Rates(pl.Callback):
+    """The multiplier of each group at each optimizer step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        multipliers = {round(g["lr"] / PEAK[g["name"].split("/")[0]], 9) for g in optimizer.param_groups}
+        assert len(multipliers) == 1, "the groups have lost their ratio"
+        self.seen.append(multipliers.pop())
+
+
+class Sized(Items):
+    """Batches whose size a BatchSizeFinder may change."""
+
+    def __init__(self, batches=16, batch_size=BATCH):
+        super().__init__(batches)
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return DataLoader(self.dataset(), batch_size=self.batch_size)
+
+
+def fit(schedule, data, *callbacks, way="mixin", matrix=MATRIX["Muon"], ckpt_path=None, on=None, **kwargs):
+    """The multipliers of a fit, and its Trainer."""
+    settings = {
+        "matrix_optimizer": matrix,
+        "other_optimizer": partial(torch.optim.AdamW, lr=0.001),
+        "schedule": schedule,
+    }
+    module, extra = (Net(**settings), []) if way == "mixin" else (WithOptimizer(), [UseMuon(**settings)])
+    rates = Rates()
+    used = on or trainer(**{"max_steps": -1, "max_epochs": 2, "callbacks": [*extra, *callbacks], **kwargs})
+    used.callbacks[:] = [c for c in used.callbacks if not isinstance(c, Rates)] + [rates]
+    used.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return rates.seen, used
+
+
+def whole(schedule, steps):
+    return pytest.approx([schedule.at_step(step, steps) for step in range(steps)], abs=1e-8)
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+@pytest.mark.parametrize("name", list(MATRIX))
+def test_accumulation_that_changes_between_epochs(way, name):
+    """Lightning's own estimate knows the accumulation of the first epoch only."""
+    schedule = Linear(warmup=2)
+    seen, _ = fit(
+        schedule, Items(8), GradientAccumulationScheduler({0: 1, 2: 4}), way=way, matrix=MATRIX[name], max_epochs=4
+    )
+    assert seen == whole(schedule, 8 + 8 + 2 + 2)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(warmup=0.2), WarmupStableDecay(decay=4)], ids=repr)
+def test_a_batch_size_finder_shortens_the_run(schedule, tmp_path):
+    data = Sized()
+    seen, used = fit(
+        schedule, data, BatchSizeFinder(mode="power", steps_per_trial=1, init_val=4, max_trials=2), max_epochs=3,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    assert data.batch_size > BATCH
+    assert len(seen) == used.global_step == 3 * -(-16 * BATCH // data.batch_size)
+    assert seen == whole(schedule, len(seen))
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+def test_a_second_fit_has_a_schedule_of_its_own(way):
+    schedule = Linear()
+    first, used = fit(schedule, Items(4), way=way, max_epochs=2)
+    assert first == whole(schedule, 8)
+    used.fit_loop.max_epochs = 5
+    second, _ = fit(schedule, Items(4), way=way, on=used)
+    assert second == whole(schedule, 12)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"max_steps": 4}, {"max_steps": 12}), ({"max_epochs": 1}, {"max_epochs": 3}), ({"max_steps": 6}, {"max_epochs": 3})],
+    ids=["max_steps", "max_epochs", "in the middle of an epoch"],
+)  # fmt: skip
+def test_a_run_made_longer_on_resume_follows_the_longer_schedule(before, after, tmp_path):
+    schedule = Linear()
+    first, used = fit(schedule, Items(4), **{"max_epochs": -1, **before})
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    rest, used = fit(schedule, Items(4), ckpt_path=tmp_path / "a.ckpt", **{"max_epochs": -1, **after})
+    steps = len(first) + len(rest)  # Lightning ends an epoch that max_steps has cut
+    assert steps == (10 if before == {"max_steps": 6} else 12)
+    assert rest == pytest.approx([schedule.at_step(step, steps) for step in range(len(first), steps)])
+
+
+def test_other_data_on_resume(tmp_path):
+    schedule = Linear()
+    _, used = fit(schedule, Items(4), max_epochs=1)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    rest, _ = fit(schedule, Items(10), ckpt_path=tmp_path / "a.ckpt", max_epochs=3)
+    assert rest == pytest.approx([schedule.at_step(step, 4 + 20) for step in range(4, 24)])
+
+
+class Clock(Timer):
+    """A Timer whose clock is the number of steps: a second each."""
+
+    def __init__(self, duration):
+        super().__init__(duration=duration)
+        self.steps = 0
+
+    def on_train_batch_end(self, trainer, *args, **kwargs):
+        self.steps = trainer.global_step
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def time_elapsed(self, stage="train"):
+        return float(self.steps) + 0.5
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(warmup=5), WarmupStableDecay(warmup=0.1, decay=0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "limits", [{"max_epochs": -1}, {"max_epochs": 1000}, {"max_epochs": -1, "max_steps": 900}], ids=str
+)
+def test_max_time_ends_the_schedule(schedule, limits):  # fmt: skip
+    seen, _ = fit(schedule, Items(4), Clock({"seconds": 20}), **limits)
+    assert len(seen) in (20, 21)
+    assert seen[:20] == whole(schedule, 20)
+
+
+def test_steps_that_end_before_the_time_count():
+    seen, _ = fit(Linear(), Items(4), Clock({"seconds": 1000}), max_epochs=2)
+    assert seen == whole(Linear(), 8)
+
+
+def test_max_time_of_the_trainer_with_a_real_clock():
+    class Slow(pl.Callback):
+        def on_train_batch_end(self, *args, **kwargs):
+            time.sleep(0.05)
+
+    seen, _ = fit(Linear(), Items(4), Slow(), max_epochs=-1, max_time={"seconds": 1})
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] > 0.7
+    assert seen[-1] < 0.3
+
+
+def test_a_learning_rate_monitor_logs_the_rates_that_are_used(tmp_path):
+    monitor = LearningRateMonitor(logging_interval="step")
+    accumulate = GradientAccumulationScheduler({0: 1, 1: 2})
+    logger = CSVLogger(tmp_path)
+    seen, _ = fit(Linear(), Items(4), accumulate, monitor, logger=logger, log_every_n_steps=1)
+    with open(logger.experiment.metrics_file_path) as file:
+        logged = [float(row["lr/matrix"]) / 0.02 for row in csv.DictReader(file)]
+    assert logged == pytest.approx([seen[0], *seen[1:4], seen[4], seen[4], seen[5], seen[5]])
+
+
+# Learning-rate finders
+
+
+def with_rate(lr, way="mixin", schedule=None):
+    """A module with an attribute for Lightning's finder, and callbacks, at one rate for all."""
+    settings = {
+        "matrix_optimizer": partial(Muon, lr=lr[0]),
+        "other_optimizer": partial(torch.optim.AdamW, lr=lr[1]),
+        "schedule": schedule,
+    }
+    module, extra = (Net(**settings), []) if way == "mixin" else (WithOptimizer(), [UseMuon(**settings)])
+    module.lr = 0.1
+    return module, extra
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+@pytest.mark.parametrize("tuner", [True, False], ids=["Tuner", "callback"])
+def test_a_finder_that_would_lose_the_ratio_is_refused(way, tuner, tmp_path):
+    module, extra = with_rate((0.02, 0.001), way)
+    finder = [] if tuner else [LearningRateFinder()]
+    used = trainer(callbacks=[*extra, *finder], default_root_dir=tmp_path)
+    with pytest.raises(RuntimeError, match=r"other/embedding 0\.001.*matrix 0\.02.*ratio would be lost.*the same lr"):
+        if tuner:
+            Tuner(used).lr_find(module, datamodule=Items())
+        else:
+            used.fit(module, datamodule=Items())
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+@pytest.mark.parametrize("schedule", [None, Constant(), Linear(warmup=2)], ids=repr)
+def test_a_found_rate_is_the_peak_of_the_schedule(way, schedule, tmp_path):
+    module, extra = with_rate((0.001, 0.001), way, schedule)
+    finder = LearningRateFinder(num_training_steps=20, min_lr=1e-5, max_lr=0.5, early_stop_threshold=None)
+    seen = []
+
+    class Record(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append({group["lr"] for group in optimizer.param_groups})
+
+    used = trainer(callbacks=[*extra, finder, Record()], max_steps=-1, max_epochs=2, default_root_dir=tmp_path)
+    used.fit(module, datamodule=Items(30))
+    found = finder.optimal_lr.suggestion()
+    assert module.lr == found != 0.001
+    multipliers = [1.0 if schedule is None else schedule.at_step(step, 60) for step in range(60)]
+    assert [rates.pop() for rates in seen] == pytest.approx([found * m for m in multipliers])
+    assert not any(seen)
+
+
+# Schedules that nobody steps
+
+
+@pytest.mark.parametrize("steps", [True, False], ids=["stepped", "forgotten"])
+def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwarn):
+    class Manual(MuonMixin, Bare):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            if steps:
+                self.lr_schedulers().step()
+
+    module = Manual()
+    module.schedule = Linear()
+    trainer(max_steps=-1, max_epochs=2).fit(module, datamodule=Items(4))
+    named = [str(w.message) for w in recwarn if "never steps it" in str(w.message)]
+    if steps:
+        assert not named
+    else:
+        assert len(named) == 1
+        assert "Manual has the schedule Linear(" in named[0]
+        assert "self.lr_schedulers().step()" in named[0]

@@ -77,7 +77,7 @@ class MuonMixin(_ModuleMethods):
         Net(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))
     """
 
-    # Class-level defaults serve modules that never call MuonMixin.__init__.
+    # Class-level defaults also serve modules that never call MuonMixin.__init__.
     matrix_optimizer: MatrixOptimizerCallable | None = None
     other_optimizer: OptimizerCallable | None = None
     schedule: Schedule | None = None
@@ -93,10 +93,15 @@ class MuonMixin(_ModuleMethods):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.matrix_optimizer = matrix_optimizer
-        self.other_optimizer = other_optimizer
-        self.schedule = schedule
-        self.parameter_rules = list(parameter_rules or ())
+        # What is not given stays as the class has it: a subclass may set it for all its instances.
+        if matrix_optimizer is not None:
+            self.matrix_optimizer = matrix_optimizer
+        if other_optimizer is not None:
+            self.other_optimizer = other_optimizer
+        if schedule is not None:
+            self.schedule = schedule
+        if parameter_rules is not None:
+            self.parameter_rules = list(parameter_rules)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +112,9 @@ class MuonMixin(_ModuleMethods):
                 f"MuonMixin must stand before LightningModule among the bases of {cls.__name__}, or its settings and "
                 f"configure_optimizers are never reached. Write `class {cls.__name__}(MuonMixin, {bases})`."
             )
+        for name in ("schedule", "parameter_rules"):
+            if name in vars(cls):
+                _check_setting(cls.__name__, name, vars(cls)[name])
         # Methods that stand before the mixin's in the order of calls: nobody has to call super() for these checks.
         for name, checked in (("configure_optimizers", _reaching_ours), ("configure_callbacks", _unless_replaced)):
             owner = next((base for base in before if name in vars(base)), None)

@@ -99,11 +99,11 @@ def _unused(method: Callable[[], Any]) -> tuple[str, list[Optimizer]]:
 
 
 def _describe(optimizer: Optimizer) -> str:
-    shown = [
-        f"{key}={' and '.join(dict.fromkeys(f'{group[key]:g}' for group in optimizer.param_groups))}"
-        for key in ("lr", "weight_decay")
-        if all(isinstance(group.get(key), (int, float)) for group in optimizer.param_groups)
-    ]
+    shown = []
+    for key in ("lr", "weight_decay"):
+        values = [group.get(f"initial_{key}", group.get(key)) for group in optimizer.param_groups]
+        if all(isinstance(value, (int, float)) for value in values):
+            shown.append(f"{key}={' and '.join(dict.fromkeys(f'{value:g}' for value in values))}")
     return f"{type(optimizer).__name__}({', '.join(shown)})"
 
 

@@ -107,9 +107,13 @@ def test_a_second_fit_has_a_schedule_of_its_own(way):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [({"max_steps": 4}, {"max_steps": 12}), ({"max_epochs": 1}, {"max_epochs": 3}), ({"max_steps": 6}, {"max_epochs": 3})],
+    [
+        ({"max_steps": 4}, {"max_steps": 12}),
+        ({"max_epochs": 1}, {"max_epochs": 3}),
+        ({"max_steps": 6}, {"max_epochs": 3}),
+    ],
     ids=["max_steps", "max_epochs", "in the middle of an epoch"],
-)  # fmt: skip
+)
 def test_a_run_made_longer_on_resume_follows_the_longer_schedule(before, after, tmp_path):
     schedule = Linear()
     first, used = fit(schedule, Items(4), **{"max_epochs": -1, **before})
@@ -200,11 +204,9 @@ def test_a_finder_that_would_lose_the_ratio_is_refused(way, tuner, tmp_path):
     module, extra = with_rate((0.02, 0.001), way)
     finder = [] if tuner else [LearningRateFinder()]
     used = trainer(callbacks=[*extra, *finder], default_root_dir=tmp_path)
+    search = Tuner(used).lr_find if tuner else used.fit
     with pytest.raises(RuntimeError, match=r"other/embedding 0\.001.*matrix 0\.02.*ratio would be lost.*the same lr"):
-        if tuner:
-            Tuner(used).lr_find(module, datamodule=Items())
-        else:
-            used.fit(module, datamodule=Items())
+        search(module, datamodule=Items())
 
 
 @pytest.mark.parametrize("way", ["mixin", "UseMuon"])

@@ -1,0 +1,278 @@
+"""MuonMixin beside a configure_optimizers of the user: whoever wins, the user knows."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_muon import HybridOptimizer, Muon, MuonMixin, ParameterRule, configure_hybrid_optimizer
+from lightning_muon.schedules import Cosine, Linear
+from tests.lightning_helpers import Bare, Items, Net, WithOptimizer, fit, trainer
+
+LAMBDA = torch.optim.lr_scheduler.LambdaLR
+
+
+class Scheduled(Bare):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.5)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+# The mixin wins
+
+
+class Over(MuonMixin, Scheduled):
+    pass
+
+
+class OverGrandparent(Over):
+    """Calls on: what is behind the mixin is still not used."""
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("cls", [Over, OverGrandparent])
+def test_a_parents_method_that_is_not_used_is_named(cls):
+    with pytest.warns(UserWarning, match="MuonMixin replaces Scheduled") as caught:
+        fitted = fit(cls())
+    (text,) = {str(w.message) for w in caught if "MuonMixin replaces" in str(w.message)}
+    assert "its SGD(lr=0.5, weight_decay=0) and the scheduler StepLR are not used" in text
+    assert f"define configure_optimizers in {cls.__name__}" in text
+    assert isinstance(fitted.optimizers[0], HybridOptimizer)
+
+
+def test_a_parent_with_several_optimizers_is_refused():
+    class Several(Bare):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.layers.up.parameters(), 0.1), torch.optim.Adam(self.layers.down.parameters())]
+
+    class Ours(MuonMixin, Several):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"returns 2 optimizers \(SGD, Adam\).*leave out MuonMixin"):
+        fit(Ours())
+
+
+# The user's method wins
+
+
+def sgd(self):
+    return torch.optim.SGD(self.parameters(), 0.5)
+
+
+class InTheClass(MuonMixin, Bare):
+    configure_optimizers = sgd
+
+
+class InASubclass(Net):
+    configure_optimizers = sgd
+
+
+class Mixed:
+    configure_optimizers = sgd
+
+
+class InAnotherMixin(Mixed, MuonMixin, Bare):
+    pass
+
+
+class BelowAnotherMixin(InAnotherMixin):
+    pass
+
+
+def nothing(self):
+    return None
+
+
+class ReturnsNothing(MuonMixin, Bare):
+    configure_optimizers = nothing
+
+
+@pytest.mark.parametrize("cls", [InTheClass, InASubclass, InAnotherMixin, BelowAnotherMixin, ReturnsNothing])
+def test_a_method_that_never_reaches_the_mixins_is_refused(cls):
+    with pytest.raises(RuntimeError, match=r"never calls MuonMixin's.*no matrix is trained with Muon.*super\(\)\."):
+        fit(cls())
+
+
+@pytest.mark.parametrize("setting", [{"schedule": Cosine()}, {"matrix_optimizer": partial(Muon, lr=0.02)}], ids=str)
+def test_settings_that_would_have_no_effect_are_named(setting):
+    class Own(MuonMixin, Bare):
+        def configure_optimizers(self):
+            return HybridOptimizer.from_module(self)
+
+    fit(Own())
+    with pytest.raises(RuntimeError, match=f"the settings {next(iter(setting))} are not used"):
+        fit(Own(**setting))
+
+
+class KeepsItsScheduler(MuonMixin, Bare):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LAMBDA(optimizer, lambda step: 0.5**step)}}
+
+
+class KeepsItWithoutMixin(Bare):
+    def configure_optimizers(self):
+        optimizer = configure_hybrid_optimizer(self, matrix_optimizer=partial(Muon, lr=0.02))
+        return [optimizer], [LAMBDA(optimizer, lambda step: 0.5**step)]
+
+
+class SeveralHybrids(MuonMixin, Bare):
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [HybridOptimizer.from_module(self.layers.up), HybridOptimizer.from_module(self.layers.down)]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("cls", [KeepsItsScheduler, KeepsItWithoutMixin, SeveralHybrids])
+def test_methods_that_end_in_a_hybrid_are_left_alone(cls, recwarn):
+    fitted = fit(cls(), Items(2), max_steps=-1, max_epochs=2)
+    assert all(isinstance(optimizer, HybridOptimizer) for optimizer in fitted.optimizers)
+    if fitted.lr_scheduler_configs:
+        assert {group["lr"] / group["initial_lr"] for group in fitted.optimizers[0].param_groups} == {0.25}
+    assert not [w for w in recwarn if "replace" in str(w.message)]
+
+
+def test_a_callback_hook_without_super_does_not_hide_a_replaced_method():
+    class Hooked(Net):
+        def configure_callbacks(self):
+            return []
+
+    module = Hooked()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="was replaced on the instance, as LightningCLI does"):
+        fit(module)
+
+
+# Names
+
+
+class Table(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("schedule", "linear", TypeError),
+        ("schedule", torch.zeros(3), TypeError),
+        ("schedule", [1, 2], TypeError),
+        ("schedule", Table(), AttributeError),
+        ("matrix_optimizer", "adam", TypeError),
+        ("other_optimizer", nn.Linear(2, 2), AttributeError),
+        ("parameter_rules", {"a": 1}, AttributeError),
+        ("parameter_rules", nn.ModuleList(), AttributeError),
+    ],
+    ids=str,
+)
+def test_a_name_that_is_a_setting_gets_a_sentence(name, value, error):
+    with pytest.raises(error, match=rf"Net\.{name} .*(setting of MuonMixin|must be a)"):
+        setattr(Net(), name, value)
+
+
+@pytest.mark.parametrize("name", ["schedule", "parameter_rules"])
+def test_a_buffer_with_the_name_of_a_setting_gets_a_sentence(name):
+    with pytest.raises(AttributeError, match=rf"Net\.{name} is a setting of MuonMixin and cannot be a buffer"):
+        Net().register_buffer(name, torch.zeros(3))
+
+
+def test_a_class_attribute_with_the_name_of_a_setting_gets_a_sentence():
+    with pytest.raises(TypeError, match=r"Noise\.schedule must be a lightning_muon\.schedules\.Schedule.*'linear'"):
+
+        class Noise(MuonMixin, Bare):
+            schedule = "linear"
+
+    with pytest.raises(TypeError, match=r"Betas\.schedule must be"):
+
+        class Betas(MuonMixin, Bare):
+            def schedule(self):
+                return torch.linspace(0, 1, 10)
+
+
+def test_settings_of_a_class_hold_unless_an_instance_has_others():
+    class Preset(MuonMixin, Bare):
+        matrix_optimizer = partial(Muon, lr=0.3)
+        schedule = Linear()
+        parameter_rules = (ParameterRule(role="embedding", options={"lr": 0.1}),)
+
+    groups = {group["name"]: group for group in fit(Preset()).optimizers[0].param_groups}
+    assert groups["matrix"]["initial_lr"] == 0.3
+    assert groups["other/embedding"]["initial_lr"] == 0.1
+    other = fit(Preset(matrix_optimizer=partial(Muon, lr=0.2), parameter_rules=[])).optimizers[0].param_groups
+    assert {group["name"]: group["initial_lr"] for group in other}["matrix"] == 0.2
+    assert 0.1 not in {group["initial_lr"] for group in other}
+
+
+# Hyperparameters
+
+
+class Theirs(pl.LightningModule):
+    def __init__(self, width: int = 8, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+        self.layers = Bare(width=width).layers
+
+    training_step = Bare.training_step
+    configure_optimizers = WithOptimizer.configure_optimizers
+
+
+class Ours(MuonMixin, Theirs):
+    pass
+
+
+class OursWithKwargs(MuonMixin, Theirs):
+    def __init__(self, depth: int = 3, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"matrix_optimizer": partial(Muon, lr=0.02)}, {"schedule": Linear()}, {"parameter_rules": []}],
+    ids=str,
+)
+def test_the_parent_class_loads_the_checkpoint(settings, tmp_path):
+    module = Ours(width=12, **settings)
+    assert dict(module.hparams) == dict(module.hparams_initial) == {"width": 12}
+    used = fit(module)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    assert Theirs.load_from_checkpoint(tmp_path / "a.ckpt").hparams.width == 12
+    assert Ours.load_from_checkpoint(tmp_path / "a.ckpt").hparams.width == 12
+
+
+def test_settings_of_an_inner_module_that_are_not_used_are_named():
+    class Outer(MuonMixin, pl.LightningModule):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.teacher, self.student = Net(schedule=Linear()), Net()
+            self.student.parameter_rules = [ParameterRule(role="embedding", options={"lr": 0.1})]
+
+        def training_step(self, batch, batch_idx):
+            return self.teacher.training_step(batch, batch_idx) + self.student.training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="inner module") as caught:
+        fit(Outer())
+    texts = [str(w.message) for w in caught if "inner module" in str(w.message)]
+    assert len(texts) == 2
+    assert "schedule of the inner module 'teacher' (Net) are not used" in texts[0]
+    assert "parameter_rules of the inner module 'student' (Net) are not used" in texts[1]
+    assert "settings of Outer" in texts[0]
+
+
+# The partition
+
+
+@pytest.mark.parametrize("summary", [True, False])
+def test_the_partition_is_printed_where_the_trainer_prints_its_summary(summary, capsys):
+    trainer(enable_model_summary=summary).fit(Net(schedule=Linear()), datamodule=Items())
+    printed = capsys.readouterr().out
+    assert ("layers.up.weight" in printed) == summary
+    assert ("schedule: Linear(" in printed) == summary

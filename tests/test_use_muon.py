@@ -1,0 +1,248 @@
+"""UseMuon: modules of somebody else, unchanged."""
+
+import copy
+import pickle
+import warnings
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+
+from lightning_muon import HybridOptimizer, Muon, NorMuon, ParameterRule, UseMuon
+from lightning_muon.schedules import Cosine, Linear
+from tests.lightning_helpers import QUIET, Bare, Items, Layers, Net, WithOptimizer, assert_same, fit, trainer, weights
+
+
+class Scheduled(Bare):
+    """SGD with a scheduler, both from hyperparameters."""
+
+    def __init__(self, lr: float = 0.5, wd: float = 0.25, gamma: float = 0.9, depth: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.momentum = 0.75
+
+    def configure_optimizers(self):
+        hparams = self.hparams
+        optimizer = torch.optim.SGD(self.parameters(), hparams.lr, weight_decay=hparams["wd"], momentum=self.momentum)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, hparams.gamma)}
+
+
+class Broken(Bare):
+    def configure_optimizers(self):
+        raise KeyError("something that is not there")
+
+
+class Several(Bare):
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.layers.up.parameters()), torch.optim.SGD(self.layers.down.parameters(), 0.1)]
+
+
+class OnTheOldNamespace(pytorch_lightning.LightningModule):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = Layers(23, width)
+
+    training_step = Bare.training_step
+    configure_optimizers = WithOptimizer.configure_optimizers
+
+
+def use(**kwargs) -> UseMuon:
+    settings = {
+        "matrix_optimizer": partial(Muon, lr=0.02),
+        "other_optimizer": partial(torch.optim.AdamW, lr=0.005),
+        "schedule": Linear(warmup=2),
+    }
+    return UseMuon(**{**settings, **kwargs})
+
+
+def seeded(cls=WithOptimizer, **kwargs):
+    torch.manual_seed(3)
+    return cls(**kwargs)
+
+
+def test_trains_as_the_mixin_does():
+    module = seeded()
+    fitted = fit(module, callbacks=[use()])
+    same = seeded(Net, **vars_of(use()))
+    fit(same)
+    assert isinstance(fitted.optimizers[0], HybridOptimizer)
+    assert_same(weights(module), weights(same))
+
+
+def vars_of(callback):
+    """The settings of a UseMuon."""
+    names = ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules")
+    return {name: getattr(callback, name) for name in names}
+
+
+def test_every_setting_arrives():
+    rules = [ParameterRule(pattern="layers.up.weight", group="other")]
+    fitted = fit(
+        WithOptimizer(),
+        callbacks=[
+            use(matrix_optimizer=partial(NorMuon, lr=0.3), other_optimizer=torch.optim.RAdam, parameter_rules=rules)
+        ],
+    )
+    children = fitted.optimizers[0].optimizers
+    assert isinstance(children["matrix"], NorMuon)
+    assert isinstance(children["other"], torch.optim.RAdam)
+    assert fitted.optimizers[0].partition["layers.up.weight"].group == "other"
+    assert children["matrix"].param_groups[0]["initial_lr"] == 0.3
+    assert fitted.lr_scheduler_configs[0].name == "lr"
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["fit", "exception"])
+def test_the_module_is_as_it_was_after_the_fit(fails):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, *args):
+            if fails:
+                raise InterruptedError
+
+    module = WithOptimizer()
+    before = set(vars(module))
+    try:
+        fit(module, callbacks=[use(), Stop()])
+    except InterruptedError:
+        assert fails
+    assert "configure_optimizers" not in vars(module)
+    assert set(vars(module)) == before
+    assert isinstance(module.configure_optimizers(), torch.optim.SGD)
+
+
+def test_checkpoints_load_in_the_modules_own_class(tmp_path):
+    module = seeded()
+    fitted = fit(module, callbacks=[use()])
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    assert_same(weights(WithOptimizer.load_from_checkpoint(tmp_path / "a.ckpt")), weights(module))
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(saved["hyper_parameters"]) == {"num_items", "width"}
+    assert set(saved["matrix_layouts"]) == {"layers.up.weight", "layers.down.weight"}
+
+
+@pytest.mark.parametrize("matrix", [partial(Muon, lr=0.02), partial(NorMuon, lr=0.02), torch.optim.AdamW], ids=str)
+def test_resume_equals_not_having_stopped(matrix, tmp_path):
+    def run(epochs, ckpt_path=None):
+        module = seeded()
+        used = trainer(callbacks=[use(matrix_optimizer=matrix, schedule=None)], max_steps=-1, max_epochs=epochs)
+        used.fit(module, datamodule=Items(4), ckpt_path=ckpt_path)
+        return module, used
+
+    whole, _ = run(3)
+    _, first = run(2)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    resumed, _ = run(3, tmp_path / "a.ckpt")
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_runs_under_pytorch_lightning(tmp_path):
+    module = OnTheOldNamespace()
+    settings = {key: value for key, value in QUIET.items() if key != "enable_checkpointing"}
+    old = pytorch_lightning.Trainer(
+        **{**settings, "enable_model_summary": True}, max_epochs=2, callbacks=[use()], default_root_dir=tmp_path
+    )
+    before = weights(module)
+    old.fit(module, Items().train_dataloader())
+    assert isinstance(old.optimizers[0], HybridOptimizer)
+    assert all(not torch.equal(before[name], value) for name, value in weights(module).items())
+    loaded = OnTheOldNamespace.load_from_checkpoint(old.checkpoint_callback.best_model_path)
+    assert_same(weights(loaded), weights(module))
+
+
+def test_attached_modules_can_be_copied_and_pickled():
+    """As ddp_spawn and weight averaging do."""
+    module, callback = seeded(), use(schedule=None)
+    callback.attach(module)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        optimizer = copied.configure_optimizers()
+        assert isinstance(optimizer, HybridOptimizer)
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in copied.parameters()}
+
+
+def test_weight_averaging_beside_it():
+    module = seeded()
+    fit(module, callbacks=[EMAWeightAveraging(decay=0.5), use()])
+    assert "configure_optimizers" not in vars(module)
+
+
+# What is said
+
+
+def notice(module, **kwargs):
+    with pytest.warns(UserWarning, match="UseMuon replaces") as caught:
+        fit(module, callbacks=[use(**kwargs)])
+    return next(str(w.message) for w in caught if "UseMuon replaces" in str(w.message))
+
+
+def test_what_is_not_used_is_said():
+    text = notice(Scheduled())
+    assert "UseMuon replaces Scheduled.configure_optimizers" in text
+    assert "its SGD(lr=0.5, weight_decay=0.25) and the scheduler StepLR are not used" in text
+    assert "What it reads has no effect: " in text
+    assert all(part in text for part in ("lr=0.5", "wd=0.25", "gamma=0.9", "momentum=0.75"))
+    assert "depth" not in text
+    assert "Muon(lr=0.02" in text
+    assert "AdamW(lr=0.005" in text
+    assert "configure_hybrid_optimizer(self, ...)" in text
+
+
+def test_a_method_that_fails_does_not_stop_the_fit():
+    assert "its optimizer, learning rate and scheduler (it raises KeyError) are not used" in notice(Broken())
+
+
+def test_nothing_is_said_of_a_module_that_has_none():
+    class Empty(Bare):
+        pass
+
+    module = Empty()
+    use().attach(module)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, callbacks=[use()])
+    assert not [w for w in caught if "replaces" in str(w.message)]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        (Net, r"Net has MuonMixin, which does what UseMuon does: give the settings to Net"),
+        (Several, r"returns 2 optimizers \(Adam, SGD\).*HybridOptimizer\.from_module\(self\.generator\)"),
+    ],
+)
+def test_modules_that_it_cannot_serve_are_refused(module, error):
+    with pytest.raises(RuntimeError, match=error):
+        fit(module(), callbacks=[use()])
+
+
+def test_an_optimizer_on_the_instance_is_refused():
+    module = Bare()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match=r"replaced on the instance.*--optimizer.*Leave out"):
+        fit(module, callbacks=[use()])
+    assert "configure_optimizers" in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (
+            {"matrix_optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)},
+            "matrix_optimizer must be a class or",
+        ),
+        ({"other_optimizer": "AdamW"}, "other_optimizer must be a class or function"),
+        ({"schedule": "cosine"}, r"schedule must be a lightning_muon\.schedules\.Schedule.* got 'cosine'"),
+        ({"schedule": Cosine}, "schedule must be a lightning_muon"),
+    ],
+)
+def test_settings_are_checked_at_the_door(settings, error):
+    with pytest.raises(TypeError, match=error):
+        UseMuon(**settings)

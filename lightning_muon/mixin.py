@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.cli import LightningArgumentParser, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
@@ -47,9 +47,10 @@ class MuonMixin(_ModuleMethods):
     in place of the mixin's, and has to call ``super().configure_optimizers()``: do that to keep a scheduler of your
     own. See also :func:`lightning_muon.configure_hybrid_optimizer`.
 
-    ``hparams`` and checkpoints hold those settings only that are plain data, because checkpoints hold no code: give the
-    others again to ``load_from_checkpoint`` if the loaded module is to be trained further. A command line stores what
-    was given as configuration and restores it by itself.
+    A module constructed in Python keeps these settings out of its checkpoints, which hold no code: give them again to
+    ``load_from_checkpoint`` if the loaded module is to be trained further. A command line stores what was given as
+    configuration, and the loaded module has it again. In both cases a parent class without the mixin can load the
+    checkpoint.
 
     Args:
         *args: handed on to the next class.
@@ -174,9 +175,27 @@ class MuonMixin(_ModuleMethods):
         return super().configure_callbacks()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how the matrices are read, under ``"matrix_layouts"``, for ``lightning-muon spectra``."""
+        """Adds how the matrices are read, under ``"matrix_layouts"``, for ``lightning-muon spectra``.
+
+        Settings that the hyperparameters hold move to ``"muon_settings"``, so that a parent class without the mixin
+        can load the checkpoint.
+        """
         super().on_save_checkpoint(checkpoint)
         add_matrix_layouts(checkpoint, self)
+        hparams = checkpoint.get("hyper_parameters")
+        if isinstance(hparams, dict):
+            ours = [name for name in SETTINGS if name in hparams and name not in _own_arguments(type(self))]
+            if ours:
+                checkpoint[_SAVED_SETTINGS] = {name: hparams.pop(name) for name in ours}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes those settings from the checkpoint that were not given to this module, and says so in a fit."""
+        super().on_load_checkpoint(checkpoint)
+        saved = {k: v for k, v in checkpoint.get(_SAVED_SETTINGS, {}).items() if not getattr(self, k)}
+        for name, value in _made(saved).items():
+            setattr(self, name, value)
+        if saved and attached_trainer(self) is not None:
+            rank_zero_info(f"Not given, and taken from the checkpoint: {', '.join(sorted(saved))}.")
 
     def save_hyperparameters(
         self,
@@ -199,6 +218,8 @@ class MuonMixin(_ModuleMethods):
 
 
 _REACHED = "_muon_mixin_reached"
+_SAVED_SETTINGS = "muon_settings"
+"""Where a checkpoint keeps the settings that a command line gave, as configuration."""
 
 
 def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,6 +316,14 @@ def _own_arguments(cls: type) -> set[str]:
     before = cls.__mro__[: cls.__mro__.index(MuonMixin)]
     listed = [inspect.signature(base.__init__).parameters for base in before if "__init__" in vars(base)]  # type: ignore[misc]
     return {name for name in SETTINGS if any(name in parameters for parameters in listed)}
+
+
+def _made(settings: dict[str, Any]) -> dict[str, Any]:
+    """Optimizers, schedule and rules of their configuration."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(configure_hybrid_optimizer, skip={"module"})
+    made = parser.instantiate_classes(parser.parse_object(settings))
+    return {name: made[name] for name in settings}
 
 
 def _is_plain(value: Any) -> bool:

@@ -402,3 +402,27 @@ def test_resume_through_ckpt_path_is_exact(by_path, tmp_path):
     whole = weights(run("fit", "-c", path, classes=classes).model)
     resumed = run("fit", "-c", path, "--ckpt_path", tmp_path / "epoch=0.ckpt", "--seed_everything=2", classes=classes)
     assert_same(weights(resumed.model), whole)
+
+
+def test_the_parent_class_loads_the_checkpoint_of_a_command_line(tmp_path):
+    fitted = run("fit", "--model.width=12", "--model.matrix_optimizer=Muon", "--model.schedule=Cosine")
+    fitted.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert not {"matrix_optimizer", "other_optimizer", "schedule", "parameter_rules"} & set(saved["hyper_parameters"])
+    assert_same(weights(Bare.load_from_checkpoint(tmp_path / "a.ckpt")), weights(fitted.model))
+
+
+def test_settings_given_on_resume_count_and_others_come_from_the_checkpoint(tmp_path):
+    first = run(
+        "fit", "--model.matrix_optimizer=Muon", "--model.matrix_optimizer.lr=0.02", "--model.schedule=Cosine",
+        "--trainer.max_steps=-1", "--trainer.max_epochs=1",
+    )  # fmt: skip
+    first.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = ["fit", "--trainer.max_steps=-1", "--trainer.max_epochs=2", "--ckpt_path", tmp_path / "a.ckpt"]
+    resumed = run(*again)
+    assert isinstance(resumed.model.schedule, Cosine)
+    assert resumed.trainer.optimizers[0].param_groups[-1]["initial_lr"] == 0.02
+    with pytest.warns(UserWarning, match=r"saved run had the schedule Cosine.*goes on at step 5 with Linear"):
+        run(*again, "--model.schedule=Linear")
+    with pytest.warns(UserWarning, match=r"learning rates of its checkpoint, .*matrix 0\.02 \(given now: 0\.5\)"):
+        run(*again, "--model.matrix_optimizer=Muon", "--model.matrix_optimizer.lr=0.5")

@@ -18,16 +18,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from lightning_muon import Muon, MuonMixin, NorMuon, UseMuon
+from lightning_muon import Muon, MuonMixin, UseMuon
 from lightning_muon.schedules import Constant, Cosine, Linear, WarmupStableDecay
 from tests.lightning_helpers import BATCH, Bare, Items, Net, WithOptimizer, trainer
+from tests.ways import KINDS, WAYS, train
 
 PEAK = {"matrix": 0.02, "other": 0.001}
-MATRIX = {
-    "AdamW": partial(torch.optim.AdamW, lr=0.02),
-    "Muon": partial(Muon, lr=0.02),
-    "NorMuon": partial(NorMuon, lr=0.02),
-}
+EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 
 
 class Rates(pl.Callback):
@@ -53,18 +50,11 @@ class Sized(Items):
         return DataLoader(self.dataset(), batch_size=self.batch_size)
 
 
-def fit(schedule, data, *callbacks, way="mixin", matrix=MATRIX["Muon"], ckpt_path=None, on=None, **kwargs):
+def fit(schedule, data, *callbacks, way="mixin", kind="Muon", **kwargs):
     """The multipliers of a fit, and its Trainer."""
-    settings = {
-        "matrix_optimizer": matrix,
-        "other_optimizer": partial(torch.optim.AdamW, lr=0.001),
-        "schedule": schedule,
-    }
-    module, extra = (Net(**settings), []) if way == "mixin" else (WithOptimizer(), [UseMuon(**settings)])
     rates = Rates()
-    used = on or trainer(**{"max_steps": -1, "max_epochs": 2, "callbacks": [*extra, *callbacks], **kwargs})
-    used.callbacks[:] = [c for c in used.callbacks if not isinstance(c, Rates)] + [rates]
-    used.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    limits = {"max_epochs": 2, **kwargs}
+    used = train(way, kind=KINDS[kind], schedule=schedule, data=data, callbacks=[*callbacks, rates], **limits)
     return rates.seen, used
 
 
@@ -72,37 +62,35 @@ def whole(schedule, steps):
     return pytest.approx([schedule.at_step(step, steps) for step in range(steps)], abs=1e-8)
 
 
-@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
-@pytest.mark.parametrize("name", list(MATRIX))
-def test_accumulation_that_changes_between_epochs(way, name):
+@EVERY_WAY
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "schedulefree"])
+def test_accumulation_that_changes_between_epochs(way, kind):
     """Lightning's own estimate knows the accumulation of the first epoch only."""
     schedule = Linear(warmup=2)
-    seen, _ = fit(
-        schedule, Items(8), GradientAccumulationScheduler({0: 1, 2: 4}), way=way, matrix=MATRIX[name], max_epochs=4
-    )
+    seen, _ = fit(schedule, Items(8), GradientAccumulationScheduler({0: 1, 2: 4}), way=way, kind=kind, max_epochs=4)
     assert seen == whole(schedule, 8 + 8 + 2 + 2)
 
 
-@pytest.mark.parametrize("schedule", [Linear(), Cosine(warmup=0.2), WarmupStableDecay(decay=4)], ids=repr)
-def test_a_batch_size_finder_shortens_the_run(schedule, tmp_path):
+@EVERY_WAY
+@pytest.mark.parametrize("schedule", [Cosine(warmup=0.2), WarmupStableDecay(decay=4)], ids=repr)
+def test_a_batch_size_finder_shortens_the_run(way, schedule, tmp_path):
     data = Sized()
-    seen, used = fit(
-        schedule, data, BatchSizeFinder(mode="power", steps_per_trial=1, init_val=4, max_trials=2), max_epochs=3,
-        default_root_dir=tmp_path,
-    )  # fmt: skip
+    finder = BatchSizeFinder(mode="power", steps_per_trial=1, init_val=4, max_trials=2)
+    seen, used = fit(schedule, data, finder, way=way, max_epochs=3, default_root_dir=str(tmp_path))
     assert data.batch_size > BATCH
     assert len(seen) == used.global_step == 3 * -(-16 * BATCH // data.batch_size)
     assert seen == whole(schedule, len(seen))
 
 
-@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+@EVERY_WAY
 def test_a_second_fit_has_a_schedule_of_its_own(way):
-    schedule = Linear()
-    first, used = fit(schedule, Items(4), way=way, max_epochs=2)
-    assert first == whole(schedule, 8)
+    schedule, rates = Linear(), Rates()
+    used = train(way, schedule=schedule, callbacks=[rates], max_epochs=2)
+    assert rates.seen == whole(schedule, 8)
+    rates.seen.clear()
     used.fit_loop.max_epochs = 5
-    second, _ = fit(schedule, Items(4), way=way, on=used)
-    assert second == whole(schedule, 12)
+    used.fit(used.lightning_module, datamodule=Items(4))
+    assert rates.seen == whole(schedule, 12)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +102,12 @@ def test_a_second_fit_has_a_schedule_of_its_own(way):
     ],
     ids=["max_steps", "max_epochs", "in the middle of an epoch"],
 )
-def test_a_run_made_longer_on_resume_follows_the_longer_schedule(before, after, tmp_path):
+@EVERY_WAY
+def test_a_run_made_longer_on_resume_follows_the_longer_schedule(way, before, after, tmp_path):
     schedule = Linear()
-    first, used = fit(schedule, Items(4), **{"max_epochs": -1, **before})
+    first, used = fit(schedule, Items(4), way=way, **{"max_epochs": -1, **before})
     used.save_checkpoint(tmp_path / "a.ckpt")
-    rest, used = fit(schedule, Items(4), ckpt_path=tmp_path / "a.ckpt", **{"max_epochs": -1, **after})
+    rest, used = fit(schedule, Items(4), way=way, ckpt_path=tmp_path / "a.ckpt", **{"max_epochs": -1, **after})
     steps = len(first) + len(rest)  # Lightning ends an epoch that max_steps has cut
     assert steps == (10 if before == {"max_steps": 6} else 12)
     assert rest == pytest.approx([schedule.at_step(step, steps) for step in range(len(first), steps)])

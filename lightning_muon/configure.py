@@ -74,6 +74,7 @@ def configure_hybrid_optimizer(
     optimizer = HybridOptimizer.from_module(module, matrix_optimizer, other_optimizer, parameter_rules)
     if trainer is not None:
         _check_rate_finder(trainer, optimizer)
+        _warn_of_averaging_rate(trainer, optimizer)
         _add_callbacks(trainer, optimizer, parameter_rules)
     if schedule is None:
         return optimizer
@@ -167,6 +168,19 @@ def _check_rate_finder(trainer: Trainer, optimizer: HybridOptimizer) -> None:
             "lr_scale='match_rms_adamw' makes AdamW's rates fit the matrices), or remove LearningRateFinder "
             "(Tuner.lr_find) and try several values of matrix_optimizer's lr and of other_optimizer's."
         )
+
+
+def _warn_of_averaging_rate(trainer: Trainer, optimizer: HybridOptimizer) -> None:
+    """StochasticWeightAveraging anneals all groups to one rate where it is given one."""
+    names = [group["name"] for group in optimizer.param_groups]
+    rates = {group["lr"] for group in optimizer.param_groups}
+    for averaging in callbacks_named(trainer, "StochasticWeightAveraging"):
+        target = getattr(averaging, "_swa_lrs", None)
+        if isinstance(target, float) and len(rates) > 1:
+            rank_zero_warn(
+                f"StochasticWeightAveraging(swa_lrs={target:g}) anneals all param groups to this one learning rate. To "
+                f"keep their ratio give a list of {len(names)} rates, for {', '.join(names)}."
+            )
 
 
 def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer, rules: Sequence[ParameterRule]) -> None:

@@ -170,29 +170,27 @@ def course_plot(runs: Mapping[str, Mapping[tuple[str, str], History]], title: st
     return figure
 
 
-def publish(figures: Mapping[str, Figure], loggers: Sequence[Logger], step: int) -> bool:
-    """Show figures in every logger that can: TensorBoard's and Weights & Biases', of both Lightning namespaces.
+def shows_figures(logger: Logger) -> bool:
+    """Whether a logger shows figures: TensorBoard's and Weights & Biases' do, of both Lightning namespaces."""
+    return not {"TensorBoardLogger", "WandbLogger"}.isdisjoint(kind.__name__ for kind in type(logger).__mro__)
+
+
+def publish(figures: Mapping[str, Figure], loggers: Sequence[Logger], step: int) -> None:
+    """Show figures in every logger that can.
 
     Args:
         figures: by the tag they get.
         loggers: the Trainer's.
         step: the step they are logged at.
-
-    Returns:
-        Whether some logger showed them.
     """
-    shown = False
-    for logger in loggers:
-        kinds = {kind.__name__ for kind in type(logger).__mro__}
+    for logger in filter(shows_figures, loggers):
         target: Any = logger
+        tensorboard = "TensorBoardLogger" in {kind.__name__ for kind in type(logger).__mro__}
         for tag, figure in figures.items():
-            if "TensorBoardLogger" in kinds:
+            if tensorboard:
                 target.experiment.add_figure(tag, figure, global_step=step)
-                shown = True
-            elif "WandbLogger" in kinds:
+            else:
                 target.log_image(key=tag, images=[figure], step=step)
-                shown = True
-    return shown
 
 
 def save_pngs(figures: Mapping[str, Figure], directory: Path) -> list[Path]:

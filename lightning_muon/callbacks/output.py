@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_muon.callbacks.figures import publish, save_pngs
+from lightning_muon.callbacks.figures import publish, save_pngs, shows_figures
 from lightning_muon.callbacks.history import History, write_csv
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ def show_run(
         loggers: the Trainer's.
         directory: for the files; None for no files.
     """
-    step = max(history.steps[-1] for history in histories.values())
-    shown = publish({f"spectral/{key}": figure for key, figure in figures.items()}, loggers, step)
-    if not shown and directory is not None:
+    if any(map(shows_figures, loggers)):
+        step = max(history.steps[-1] for history in histories.values())
+        publish({f"spectral/{key}": figure for key, figure in figures.items()}, loggers, step)
+    elif directory is not None:
         save_pngs(figures, directory)
         write_csv(directory / f"{name.replace('/', '_')}.csv", histories)
         rank_zero_info(f"What was measured of {name} is in {directory}")

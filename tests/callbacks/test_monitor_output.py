@@ -141,6 +141,14 @@ def test_figures_can_be_turned_off(folder: Path) -> None:
     assert not [name for name in files(folder) if name.endswith(".png")]
 
 
+@pytest.mark.parametrize("plot", [True, False])
+def test_beside_a_logger_that_shows_figures_no_file_is_written(plot: bool, folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logger = TensorBoardLogger(folder, name="run", version=0)
+    fit(Net(), callbacks=monitors(every_n_steps=1, plot=plot), logger=logger, log_every_n_steps=1)
+    assert not [name for name in files(folder) if name.endswith((".png", ".csv"))]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_monitor_alone_writes_its_figures(kind: type[pl.Callback], folder: Path) -> None:
     pytest.importorskip("matplotlib")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_muon.partition import MatrixLayout, ParameterAssignment, ParameterRule, Partition, partition_parameters
+from lightning_muon.callbacks.running import known_to_optimizers
+from lightning_muon.partition import MatrixLayout, ParameterAssignment, ParameterRule, partition_parameters
 from lightning_muon.partition.rules import near_names
 from lightning_muon.partition.sites import walk
 
@@ -65,16 +66,15 @@ def find_matrices(
 ) -> list[WatchedParameter]:
     """All parameters of a module that can be read as matrices, frozen ones too, in the module's order.
 
-    Those that the partition sends to the matrix optimizer are watched by default: the partition by which an optimizer
-    was built, and for all others that of the module under its ``parameter_rules`` and ``rules``.
+    Those that a matrix optimizer has are watched by default, and of those that no optimizer of this package has, what
+    the partition of the module under its ``parameter_rules`` and ``rules`` would send to one.
 
     Without a partition (lazy parameters, flat shards) there is a warning, and nothing is watched by default.
 
     Raises:
         ValueError: if ``rules`` are given and do not fit the module.
     """
-    partitions = [found for o in optimizers if isinstance(found := getattr(o, "partition", None), Partition)]
-    entries = {id(entry.parameter): entry for partition in partitions for entry in partition}
+    entries = {id(parameter): entry for parameter, entry in known_to_optimizers(optimizers).items()}
     if any(id(parameter) not in entries for parameter in module.parameters()):
         for entry in _partition(module, rules):
             entries.setdefault(id(entry.parameter), entry)

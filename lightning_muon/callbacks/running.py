@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -25,21 +25,30 @@ def running_partition(module: nn.Module, optimizers: Sequence[Optimizer]) -> Par
     Returns:
         One entry a parameter, or None if no optimizer is one of this package.
     """
-    if not any(isinstance(optimizer, (HybridOptimizer, MatrixOptimizer)) for optimizer in optimizers):
+    if not any(map(_is_ours, optimizers)):
         return None
-    planned = {e.parameter: e for o in optimizers if isinstance(o, HybridOptimizer) for e in o.partition or ()}
-    takers = {p: child for child in _single(optimizers) for group in child.param_groups for p in group["params"]}
+    known = known_to_optimizers(optimizers)
+    takers = _takers(optimizers)
     names: dict[nn.Parameter, list[str]] = {}
     for site in walk(module):
         if site.name not in names.setdefault(site.parameter, []):
             names[site.parameter].append(site.name)
     entries = []
     for parameter, (name, *aliases) in names.items():
-        entry = planned.get(parameter)
-        if entry is None:
-            entry = _without_plan(name, parameter, takers.get(parameter))
+        entry = known.get(parameter) or _by_hand(parameter, takers.get(parameter))
         entries.append(dataclasses.replace(entry, name=name, aliases=tuple(aliases)))
     return Partition(entries)
+
+
+def known_to_optimizers(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, ParameterAssignment]:
+    """What optimizers of this package do with the parameters that they have, or have a plan for (frozen ones).
+
+    The names are those that the optimizers know.
+    """
+    ours = [optimizer for optimizer in optimizers if _is_ours(optimizer)]
+    by_hand = {parameter: _by_hand(parameter, taker) for parameter, taker in _takers(ours).items()}
+    planned = {e.parameter: e for o in ours if isinstance(o, HybridOptimizer) for e in o.partition or ()}
+    return {**by_hand, **planned}
 
 
 def partition_of(
@@ -60,19 +69,22 @@ def partition_of(
     return partition_parameters(module, [*own, *rules]), False
 
 
-def _single(optimizers: Sequence[Optimizer]) -> Iterator[Optimizer]:
+def _is_ours(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, (HybridOptimizer, MatrixOptimizer))
+
+
+def _takers(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, Optimizer]:
+    """The single optimizer, in a hybrid the child, that has each parameter."""
+    single: list[Optimizer] = []
     for optimizer in optimizers:
-        if isinstance(optimizer, HybridOptimizer):
-            yield from optimizer.optimizers.values()
-        else:
-            yield optimizer
+        single += optimizer.optimizers.values() if isinstance(optimizer, HybridOptimizer) else [optimizer]
+    return {parameter: child for child in single for group in child.param_groups for parameter in group["params"]}
 
 
-def _without_plan(name: str, parameter: nn.Parameter, taker: Optimizer | None) -> ParameterAssignment:
-    """The entry of a parameter that was given to its optimizer by hand, or to none."""
+def _by_hand(parameter: nn.Parameter, taker: Optimizer | None) -> ParameterAssignment:
+    """The entry, without a name, of a parameter that was given to its optimizer by hand, or to none."""
+    reason = "In no optimizer." if taker is None else f"Given to {type(taker).__name__} by hand."
     if isinstance(taker, MatrixOptimizer):
         layout = taker.layouts.get(parameter, MatrixLayout())
-        reason = f"Given to {type(taker).__name__} by hand."
-        return ParameterAssignment(name, parameter, "hidden", "matrix", layout, reason, group_name="matrix")
-    reason = "In no optimizer." if taker is None else f"Given to {type(taker).__name__} by hand."
-    return ParameterAssignment(name, parameter, "other", "other", None, reason, group_name="other")
+        return ParameterAssignment("", parameter, "hidden", "matrix", layout, reason, group_name="matrix")
+    return ParameterAssignment("", parameter, "other", "other", None, reason, group_name="other")

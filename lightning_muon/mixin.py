@@ -20,7 +20,7 @@ from lightning_muon.configure import (
 )
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
-from lightning_muon.replaced import optimizers_in, own_method, replacement_notice
+from lightning_muon.replaced import look_at, optimizers_in, own_method, replacement_notice
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -151,15 +151,15 @@ class MuonMixin(_ModuleMethods):
         vars(self)[_REACHED] = True
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
         _warn_of_inner_settings(self)
+        method = own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None
+        own = None if method is None else look_at(self, method, by="MuonMixin")
         configured = configure_hybrid_optimizer(
             self, self.matrix_optimizer, self.other_optimizer, self.schedule, self.parameter_rules
         )
-        method = own_method(type(self), after=MuonMixin)
-        if method is not None and attached_trainer(self) is not None:
+        if own is not None:
             rank_zero_warn(
                 replacement_notice(
-                    self,
-                    functools.partial(method, self),
+                    own,
                     configured,
                     by="MuonMixin",
                     settings="matrix_optimizer, other_optimizer and schedule",

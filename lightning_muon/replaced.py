@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -46,27 +47,42 @@ def optimizers_in(configured: Any) -> tuple[list[Optimizer], list[Any]]:
     return [], []
 
 
-def replacement_notice(
-    module: LightningModule, method: Callable[[], Any], configured: Any, *, by: str, settings: str, keep: str
-) -> str:
-    """What is not used, what is, and what to write instead.
+@dataclass(frozen=True)
+class OwnOptimizers:
+    """What a module's own ``configure_optimizers`` makes, when something else is used in its place.
 
-    The method that is replaced is called once, to say what it would have returned.
+    Args:
+        name: of the method.
+        described: optimizers with their rates, and schedulers; a subject with its verb.
+        reads: hyperparameters and attributes that its code reads, with their values.
+        left_out: names of the trainable parameters that none of its optimizers has.
+    """
+
+    name: str
+    described: str
+    reads: list[str]
+    left_out: list[str]
+
+
+def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> OwnOptimizers:
+    """Call a ``configure_optimizers`` that is to be replaced, once, to say what it makes.
 
     Args:
         module: the module.
-        method: its own ``configure_optimizers``, bound.
-        configured: what is used in its place.
+        method: the function, not bound.
         by: what takes its place, e.g. ``"UseMuon"``.
-        settings: names of the settings that count now.
-        keep: how to keep a scheduler of one's own.
 
     Raises:
-        RuntimeError: if the method returns several optimizers, each of which the module steps by itself.
+        RuntimeError: if it returns several optimizers, each of which the module steps by itself.
     """
-    function = getattr(method, "func", method)
-    name = getattr(function, "__qualname__", "configure_optimizers")
-    unused, optimizers = _unused(method)
+    name = method.__qualname__
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizers, schedulers = optimizers_in(method(module))
+    except Exception as error:  # whatever it needs, it is not used
+        described = f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are"
+        return OwnOptimizers(name, described, _settings_read(module, method), [])
     if len(optimizers) > 1:
         kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise RuntimeError(
@@ -75,27 +91,38 @@ def replacement_notice(
             "instead, e.g. [HybridOptimizer.from_module(self.generator), "
             f"HybridOptimizer.from_module(self.discriminator)], and leave out {by}."
         )
-    reads = _settings_read(module, function)
-    no_effect = f" What it reads has no effect: {', '.join(reads)}." if reads else ""
-    return (
-        f"{by} replaces {name}: {unused} not used.{no_effect} {_used(configured)} Set {settings} instead. To keep a "
-        f"scheduler of your own, {keep}."
+    parts = [_describe(optimizer) for optimizer in optimizers]
+    parts += [f"the scheduler {type(scheduler).__name__}" for scheduler in schedulers]
+    described = (
+        f"its {' and '.join(parts)} {'are' if len(parts) > 1 else 'is'}" if parts else "it returns nothing that is"
     )
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    left_out = [n for n, p in trainable if held and p not in held]
+    return OwnOptimizers(name, described, _settings_read(module, method), left_out)
 
 
-def _unused(method: Callable[[], Any]) -> tuple[str, list[Optimizer]]:
-    """What the method would have returned, as a subject with its verb, and the optimizers among it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizers, schedulers = optimizers_in(method())
-    except Exception as error:  # whatever it needs, it is not used
-        return f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are", []
-    described = [_describe(optimizer) for optimizer in optimizers]
-    described += [f"the scheduler {type(scheduler).__name__}" for scheduler in schedulers]
-    if not described:
-        return "what it returns, no optimizer, is", optimizers
-    return f"its {' and '.join(described)} {'are' if len(described) > 1 else 'is'}", optimizers
+def replacement_notice(own: OwnOptimizers, configured: Any, *, by: str, settings: str, keep: str) -> str:
+    """What is not used, what is, and what to write instead.
+
+    Args:
+        own: what would have been used.
+        configured: what is used in its place.
+        by: what takes its place, e.g. ``"UseMuon"``.
+        settings: names of the settings that count now.
+        keep: how to keep a scheduler of one's own.
+    """
+    no_effect = f" What it reads has no effect: {', '.join(own.reads)}." if own.reads else ""
+    shown = ", ".join(own.left_out[:4]) + (f" and {len(own.left_out) - 4} more" if len(own.left_out) > 4 else "")
+    trained = (
+        f" It leaves out {shown}, which {by} trains: freeze them with requires_grad_(False) if they are to stay."
+        if own.left_out
+        else ""
+    )
+    return (
+        f"{by} replaces {own.name}: {own.described} not used.{no_effect}{trained} {_used(configured)} Set {settings} "
+        f"instead. To keep a scheduler of your own, {keep}."
+    )
 
 
 def _describe(optimizer: Optimizer) -> str:

@@ -18,7 +18,7 @@ from lightning_muon.configure import (
 )
 from lightning_muon.mixin import MuonMixin
 from lightning_muon.partition import ParameterRule
-from lightning_muon.replaced import own_method, replacement_notice
+from lightning_muon.replaced import look_at, own_method, replacement_notice
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -112,15 +112,15 @@ class UseMuon(Callback):
 
 
 def _configure_optimizers(module: LightningModule, settings: UseMuon) -> OptimizerLRScheduler:
+    method = own_method(type(module))
+    own = None if method is None else look_at(module, method, by=settings.replaced_by)
     configured = configure_hybrid_optimizer(
         module, settings.matrix_optimizer, settings.other_optimizer, settings.schedule, settings.parameter_rules
     )
-    method = own_method(type(module))
-    if method is not None:
+    if own is not None:
         rank_zero_warn(
             replacement_notice(
-                module,
-                functools.partial(method, module),
+                own,
                 configured,
                 by=settings.replaced_by,
                 settings=settings.settings_named,

@@ -208,6 +208,32 @@ def test_nothing_is_said_of_a_module_that_has_none():
     assert not [w for w in caught if "replaces" in str(w.message)]
 
 
+def test_parameters_that_its_own_optimizer_leaves_out_are_named():
+    class HeadOnly(Bare):
+        def configure_optimizers(self):
+            self.layers.embed.requires_grad_(False)
+            return torch.optim.SGD(self.layers.head.parameters(), 0.1)
+
+    module = HeadOnly()
+    text = notice(module)
+    assert "It leaves out layers.up.weight, layers.up.bias, layers.down.weight, layers.down.bias and 2 more" in text
+    assert "which UseMuon trains: freeze them" in text
+    assert "embed" not in text
+
+
+def test_what_its_own_method_freezes_is_frozen():
+    class Freezes(Bare):
+        def configure_optimizers(self):
+            self.layers.up.requires_grad_(False)
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+    module = Freezes()
+    before = weights(module)
+    fit(module, callbacks=[use()])
+    assert torch.equal(module.layers.up.weight, before["layers.up.weight"])
+    assert not torch.equal(module.layers.down.weight, before["layers.down.weight"])
+
+
 # What is refused
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_muon.optim import HybridOptimizer
@@ -73,7 +74,8 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
         by: what takes its place, e.g. ``"UseMuon"``.
 
     Raises:
-        RuntimeError: if it returns several optimizers, each of which the module steps by itself.
+        RuntimeError: if what it makes cannot be replaced: several optimizers, a scheduler that the module steps by
+            itself, or an optimizer of the lesser part of the model.
     """
     name = method.__qualname__
     try:
@@ -83,6 +85,22 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
     except Exception as error:  # whatever it needs, it is not used
         described = f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are"
         return OwnOptimizers(name, described, _settings_read(module, method), [])
+    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [(n, p) for n, p in trainable if optimizers and p not in held]
+    _check_replaceable(module, name, by, optimizers, schedulers)
+    _check_coverage(name, by, optimizers, left_out, sum(p.numel() for _, p in trainable))
+    parts = [_describe(optimizer) for optimizer in optimizers]
+    parts += [f"the scheduler {type(scheduler).__name__}" for scheduler in schedulers]
+    described = (
+        f"its {' and '.join(parts)} {'are' if len(parts) > 1 else 'is'}" if parts else "it returns nothing that is"
+    )
+    return OwnOptimizers(name, described, _settings_read(module, method), [n for n, _ in left_out])
+
+
+def _check_replaceable(
+    module: LightningModule, name: str, by: str, optimizers: Sequence[Optimizer], schedulers: Sequence[object]
+) -> None:
     if len(optimizers) > 1:
         kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise RuntimeError(
@@ -91,15 +109,27 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
             "instead, e.g. [HybridOptimizer.from_module(self.generator), "
             f"HybridOptimizer.from_module(self.discriminator)], and leave out {by}."
         )
-    parts = [_describe(optimizer) for optimizer in optimizers]
-    parts += [f"the scheduler {type(scheduler).__name__}" for scheduler in schedulers]
-    described = (
-        f"its {' and '.join(parts)} {'are' if len(parts) > 1 else 'is'}" if parts else "it returns nothing that is"
-    )
-    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    left_out = [n for n, p in trainable if held and p not in held]
-    return OwnOptimizers(name, described, _settings_read(module, method), left_out)
+    if schedulers and not module.automatic_optimization:
+        raise RuntimeError(
+            f"{name} returns the scheduler {type(schedulers[0]).__name__}, which {type(module).__name__} steps by "
+            f"itself (manual optimization), and {by} would leave it none to step. Turn the scheduler off in the "
+            "module's settings, or return it from configure_optimizers with "
+            f"lightning_muon.configure_hybrid_optimizer(self, ...), and leave out {by}."
+        )
+
+
+def _check_coverage(
+    name: str, by: str, optimizers: Sequence[Optimizer], left_out: Sequence[tuple[str, Tensor]], total: int
+) -> None:
+    """An optimizer of the lesser part of a model: the rest is to stay, or something else trains it."""
+    missing = sum(parameter.numel() for _, parameter in left_out)
+    if 2 * missing > total:
+        raise RuntimeError(
+            f"{name} gives {type(optimizers[0]).__name__} {total - missing} of {total} trainable weights, and leaves "
+            f"out {left_out[0][0]}, for one. {by} would train them all. If the others are to stay as they are, freeze "
+            "them with requires_grad_(False). If the module trains them by other means (pyro, optimizers of its own), "
+            f"leave out {by}: it cannot replace those."
+        )
 
 
 def replacement_notice(own: OwnOptimizers, configured: Any, *, by: str, settings: str, keep: str) -> str:

@@ -43,6 +43,28 @@ class Several(Bare):
         return [torch.optim.Adam(self.layers.up.parameters()), torch.optim.SGD(self.layers.down.parameters(), 0.1)]
 
 
+class ManuallyScheduled(Scheduled):
+    automatic_optimization = False
+
+
+class TrainsByOtherMeans(Bare):
+    """As modules do that hand the training to pyro."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dummy = nn.Parameter(torch.zeros(1))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([self.dummy])
+
+
+class HeadOnly(Bare):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.layers.head.parameters(), 0.1)
+
+
 class OnTheOldNamespace(pytorch_lightning.LightningModule):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -209,15 +231,13 @@ def test_nothing_is_said_of_a_module_that_has_none():
 
 
 def test_parameters_that_its_own_optimizer_leaves_out_are_named():
-    class HeadOnly(Bare):
+    class AllButTwo(Bare):
         def configure_optimizers(self):
             self.layers.embed.requires_grad_(False)
-            return torch.optim.SGD(self.layers.head.parameters(), 0.1)
+            return torch.optim.SGD([p for n, p in self.named_parameters() if "down" not in n], 0.1)
 
-    module = HeadOnly()
-    text = notice(module)
-    assert "It leaves out layers.up.weight, layers.up.bias, layers.down.weight, layers.down.bias and 2 more" in text
-    assert "which UseMuon trains: freeze them" in text
+    text = notice(AllButTwo())
+    assert "It leaves out layers.down.weight, layers.down.bias, which UseMuon trains: freeze them with" in text
     assert "embed" not in text
 
 
@@ -242,6 +262,12 @@ def test_what_its_own_method_freezes_is_frozen():
     [
         (Net, r"Net has MuonMixin, which does what UseMuon does: give the settings to Net"),
         (Several, r"returns 2 optimizers \(Adam, SGD\).*HybridOptimizer\.from_module\(self\.generator\)"),
+        (
+            ManuallyScheduled,
+            r"returns the scheduler StepLR, which ManuallyScheduled steps by .*configure_hybrid",
+        ),
+        (TrainsByOtherMeans, r"gives Adam 1 of \d+ trainable weights, and leaves out layers.*by other means \(pyro"),
+        (HeadOnly, r"gives SGD \d+ of \d+ trainable weights, and leaves out layers\.embed\.weight.*freeze them"),
     ],
 )
 def test_modules_that_it_cannot_serve_are_refused(module, error):

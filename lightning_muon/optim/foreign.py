@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muon.optim.matrix import MatrixOptimizer
+
 
 def construct(
     factory: Callable[[list[dict[str, Any]]], Optimizer], groups: list[dict[str, Any]], owner: str
@@ -103,7 +105,7 @@ def counts_in_groups(child: Optimizer) -> bool:
 
     torch and this package keep all state by parameter; of other packages it is not known.
     """
-    return not type(child).__module__.startswith(("torch.optim.", "lightning_muon."))
+    return not isinstance(child, MatrixOptimizer) and not type(child).__module__.startswith("torch.optim.")
 
 
 def add_initial_state(child: Optimizer, group: dict[str, Any]) -> None:
@@ -113,6 +115,11 @@ def add_initial_state(child: Optimizer, group: dict[str, Any]) -> None:
         options = {key: value for key, value in child.defaults.items() if key in accepted}
         fresh = type(child)([{key: value for key, value in group.items() if key != "param_names"}], **options)
         child.state.update(fresh.state)
+
+
+def loads_its_own_way(child: Optimizer) -> bool:
+    """Whether a child of another package has a ``load_state_dict`` of its own, which may change the child in place."""
+    return counts_in_groups(child) and type(child).load_state_dict is not Optimizer.load_state_dict
 
 
 def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
@@ -126,8 +133,6 @@ def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: di
     Raises:
         Exception: whatever the child's ``load_state_dict`` raises.
     """
-    if type(child).load_state_dict is Optimizer.load_state_dict:  # replaces what it changes; nothing to protect
-        return
     memo: dict[int, Any] = {id(parameter): parameter for group in groups for parameter in group["params"]}
     double = object.__new__(type(child))
     for key, value in vars(child).items():
@@ -137,12 +142,8 @@ def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: di
     double.load_state_dict(copy.deepcopy(state_dict, memo))
 
 
-def check_state_shapes(child: Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Refuse a state that cannot be that of the parameters, where it is known that all state has their shape.
-
-    Args:
-        child: has loaded the state.
-        names: of its parameters.
+def check_state_shapes(child: Optimizer) -> None:
+    """Refuse a loaded state that cannot be that of the parameters, where it is known that all state has their shape.
 
     Raises:
         ValueError: names parameter, entry and shapes.
@@ -150,7 +151,8 @@ def check_state_shapes(child: Optimizer, names: Mapping[Tensor, str]) -> None:
     module, kind = type(child).__module__, type(child).__name__
     if not module.startswith(("torch.optim.", "schedulefree.")) or kind == "Adafactor":
         return
-    for parameter, name in names.items():
+    named = (pair for group in child.param_groups for pair in zip(group["params"], group["param_names"], strict=True))
+    for parameter, name in named:
         for key, value in child.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
                 raise ValueError(

@@ -331,6 +331,7 @@ class HybridOptimizer(Optimizer):
             TypeError: if it is no dict.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = dict(state_dict)  # the hook may change it
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         with unchanged_on_error(self, *self.optimizers.values()):
@@ -348,8 +349,7 @@ class HybridOptimizer(Optimizer):
         self._link()
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        for group in self.param_groups:
-            self._complete(group, self._owner(group))
+        self._complete_all()
         self._routing.refresh(self.param_groups)
         matched = match_groups(state_dict, self.param_groups, self._routing)
         own = {group["name"]: group for group in self.param_groups}
@@ -357,32 +357,33 @@ class HybridOptimizer(Optimizer):
         extras = state_dict.get("children", {})
         state: dict[Any, Any] = {}
         loaded: dict[str, dict[str, Any]] = {}
+        tasks: list[tuple[Optimizer, list[dict[str, Any]], dict[str, Any]]] = []
         for owner, child in self.optimizers.items():
-            mine = [group for group in matched if group.owner == owner]
-            for saved in mine:
-                if not isinstance(child, MatrixOptimizer) or not saved.params:  # these check it themselves
-                    check_class(saved.options, child, repr(saved.name))
-                if not saved.params:
-                    loaded[saved.name] = {**own.get(saved.name, {}), **saved.live()}
-            groups = [group for group in mine if group.params]
-            ids = [saved_id for group in groups for saved_id in group.ids]
-            part = {
-                **extras.get(owner, {}),
-                "state": state_of(state_dict, ids, all_ids),
-                "param_groups": [group.saved() for group in groups],
-            }
-            if not groups and not extras.get(owner):
-                continue
-            fresh = [{**own.get(group.name, {}), **group.live()} for group in groups]
-            if not isinstance(child, MatrixOptimizer):
-                foreign.rehearse_load(child, fresh, part)
-            child.__setstate__({"state": defaultdict(dict), "param_groups": fresh})
+            groups = [group for group in matched if group.owner == owner]
+            for group in groups:
+                self._routing.owners[group.name] = owner
+                if not isinstance(child, MatrixOptimizer) or not group.params:  # these check it themselves
+                    check_class(group.options, child, repr(group.name))
+            loaded.update({g.name: {**own.get(g.name, {}), **g.live()} for g in groups})
+            groups = [group for group in groups if group.params]
+            if groups or extras.get(owner):
+                ids = [saved_id for group in groups for saved_id in group.ids]
+                part = {
+                    "state": state_of(state_dict, ids, all_ids),
+                    "param_groups": [group.saved() for group in groups],
+                }
+                tasks.append((child, [loaded[group.name] for group in groups], {**extras.get(owner, {}), **part}))
+        # Children of other packages last: what they do to themselves cannot be undone, so they rehearse it first.
+        tasks.sort(key=lambda task: foreign.loads_its_own_way(task[0]))
+        for child, groups_now, part in tasks:
+            if foreign.loads_its_own_way(child):
+                foreign.rehearse_load(child, groups_now, part)
+        for child, groups_now, part in tasks:
+            child.__setstate__({"state": defaultdict(dict), "param_groups": groups_now})
             child.load_state_dict(part)
-            names = {p: n for group in groups for p, n in zip(group.params, group.param_names, strict=True)}
-            foreign.check_state_shapes(child, names)
+            foreign.check_state_shapes(child)
             state.update(child.state)
             loaded.update({group["name"]: group for group in child.param_groups})
-            self._routing.owners.update({group.name: owner for group in groups})
         # Groups that were built stay, though their parameters may have gone to others; schedulers count on them.
         empty: dict[str, Any] = {"params": [], "param_names": []}
         kept = {name: {**own[name], **empty} for name in own.keys() & self._routing.built.keys() - loaded.keys()}
@@ -391,6 +392,7 @@ class HybridOptimizer(Optimizer):
         self.state.clear()  # the same objects, which wrappers of Lightning hold
         self.state.update(state)
         self._links.mode = None  # the groups say which weights were saved
+        self._complete_all()
         self._routing.refresh(self.param_groups)
         self._link()
 
@@ -450,6 +452,10 @@ class HybridOptimizer(Optimizer):
     def _add_initial_state(self, owner: str, group: dict[str, Any]) -> None:
         if owner in self._links.stateful:
             foreign.add_initial_state(self.optimizers[owner], group)
+
+    def _complete_all(self) -> None:
+        for group in self.param_groups:
+            self._complete(group, self._owner(group))
 
     def _complete(self, group: dict[str, Any], owner: str) -> None:
         """Give a group what each has: names to load by, the class of its optimizer, and a momentum to log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_muon.partition import MatrixLayout
+
+NO_CLASS = (
+    "A package that calls optimizer(params=module.parameters(), lr=...) cannot say which parameters are matrices: pass "
+    "callbacks=[lightning_muon.UseMuon(...)] to its Trainer instead, and leave its optimizer as it is."
+)
+"""What to do where an optimizer class was handed to a package that calls it with all parameters of a module."""
 
 
 def check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
@@ -33,7 +40,7 @@ def check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -
             raise ValueError(
                 f"{name!r} has shape {tuple(parameter.shape)}, which is not a matrix. Send vectors and tables to "
                 "another optimizer, e.g. by HybridOptimizer.from_module; for convolutions or experts give the group "
-                "'layouts'."
+                f"'layouts'. {NO_CLASS}"
             )
         return MatrixLayout()
     try:
@@ -98,14 +105,21 @@ def parameter_names(group: dict[str, Any]) -> list[str]:
 
 
 def unique_names(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
-    """A name for each parameter of an optimizer; the group's name or number stands before those that groups share."""
+    """A name for each parameter of an optimizer; the group's name or number stands before those that groups share,
+    and a number after those that repeat in a group.
+    """
     named = [
         (parameter, name, group.get("name", index))
         for index, group in enumerate(groups)
         for parameter, name in zip(group["params"], parameter_names(group), strict=True)
     ]
     counts = Counter(name for _, name, _ in named)
-    return {parameter: name if counts[name] == 1 else f"{group}/{name}" for parameter, name, group in named}
+    unique: dict[str, Tensor] = {}
+    for parameter, name, group in named:
+        stem = name if counts[name] == 1 else f"{group}/{name}"
+        numbered = (f"{stem}[{number}]" if number else stem for number in itertools.count())
+        unique[next(name for name in numbered if name not in unique)] = parameter
+    return {parameter: name for name, parameter in unique.items()}
 
 
 def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_muon.optim.matrix import MatrixOptimizer
 
 
 def construct(
@@ -96,21 +99,76 @@ def extra_entries(child: Optimizer) -> dict[str, Any]:
     return {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
 
 
-def split_state(state_dict: dict[str, Any], owners: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The state of a hybrid as one state for each child's own ``load_state_dict``.
+def counts_in_groups(child: Optimizer) -> bool:
+    """Whether the param groups may hold counters (``step``, ``k``), so that a parameter that joins late needs a group
+    of its own: with the bias correction of step 1000, its first update would be some thirty times too large.
+
+    torch and this package keep all state by parameter; of other packages it is not known.
+    """
+    return not isinstance(child, MatrixOptimizer) and not type(child).__module__.startswith("torch.optim.")
+
+
+def add_initial_state(child: Optimizer, group: dict[str, Any]) -> None:
+    """Give a group of a child that makes its state at construction, as Adagrad does, the state of new parameters."""
+    if child.state.keys().isdisjoint(group["params"]):
+        accepted = inspect.signature(type(child)).parameters
+        options = {key: value for key, value in child.defaults.items() if key in accepted}
+        fresh = type(child)([{key: value for key, value in group.items() if key != "param_names"}], **options)
+        child.state.update(fresh.state)
+
+
+def loads_its_own_way(child: Optimizer) -> bool:
+    """Whether a child of another package has a ``load_state_dict`` of its own, which may change the child in place."""
+    return counts_in_groups(child) and type(child).load_state_dict is not Optimizer.load_state_dict
+
+
+def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Let a copy of a child of another package load a state, so that the child itself stays whole if that fails.
 
     Args:
-        state_dict: what ``HybridOptimizer.state_dict`` returned.
-        owners: the name of the child that has each group of ``state_dict``.
+        child: not changed.
+        groups: the param groups that it will have.
+        state_dict: for the child's own ``load_state_dict``.
+
+    Raises:
+        Exception: whatever the child's ``load_state_dict`` raises.
     """
-    parts = {}
-    for owner in dict.fromkeys(owners):
-        groups = [group for group, own in zip(state_dict["param_groups"], owners, strict=True) if own == owner]
-        ids = {saved_id for group in groups for saved_id in group["params"]}
-        # States that belong to no parameter go to everyone.
-        state = {key: value for key, value in state_dict["state"].items() if key in ids or not isinstance(key, int)}
-        parts[owner] = {**state_dict.get("children", {}).get(owner, {}), "state": state, "param_groups": groups}
-    return parts
+    memo: dict[int, Any] = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    double = object.__new__(type(child))
+    for key, value in vars(child).items():
+        vars(double)[key] = type(value)() if key.startswith("_optimizer_") else _copied(value, memo, key)
+    double.state = defaultdict(dict)
+    double.param_groups = [{**group, "params": list(group["params"])} for group in groups]
+    double.load_state_dict(copy.deepcopy(state_dict, memo))
+
+
+def check_state_shapes(child: Optimizer) -> None:
+    """Refuse a loaded state that cannot be that of the parameters, where it is known that all state has their shape.
+
+    Raises:
+        ValueError: names parameter, entry and shapes.
+    """
+    module, kind = type(child).__module__, type(child).__name__
+    if not module.startswith(("torch.optim.", "schedulefree.")) or kind == "Adafactor":
+        return
+    named = (pair for group in child.param_groups for pair in zip(group["params"], group["param_names"], strict=True))
+    for parameter, name in named:
+        for key, value in child.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"The optimizer state {key!r} of {name!r} is a tensor of shape {tuple(value.shape)}, but the "
+                    f"parameter has shape {tuple(parameter.shape)}. The checkpoint belongs to another model."
+                )
+
+
+def _copied(value: Any, memo: dict[int, Any], key: str) -> Any:
+    """A deep copy of an attribute; itself where it is the state or cannot be copied."""
+    if key in ("state", "param_groups"):
+        return value
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
@@ -24,8 +24,16 @@ from lightning_muon.optim.arguments import (
     parameter_names,
     unique_names,
 )
-from lightning_muon.optim.checkpoint import restore_exactly
+from lightning_muon.optim.checkpoint import (
+    OPTIMIZER_KEY,
+    check_class,
+    check_form,
+    class_label,
+    name_of_class,
+    restore_exactly,
+)
 from lightning_muon.optim.gradients import check_dense, nonfinite_parameters
+from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
 from lightning_muon.partition import MatrixLayout
 
@@ -153,7 +161,7 @@ class MatrixOptimizer(Optimizer):
         """Add a group, as in ``torch.optim``; ``"layouts"`` may hold one layout a parameter."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        param_group = dict(param_group)
+        param_group = {**param_group, OPTIMIZER_KEY: class_label(self)}
         layouts = param_group.pop("layouts", None)
         super().add_param_group(param_group)
         try:
@@ -239,32 +247,60 @@ class MatrixOptimizer(Optimizer):
         """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it.
 
         Raises:
-            ValueError: if the state does not fit the parameters, or is that of another rule.
+            ValueError: if the state does not fit the parameters, or is that of another rule. Nothing is changed then.
         """
-        super().load_state_dict(state_dict)
-        restore_exactly(self, state_dict, self.param_groups)
-        loaded = {parameter: set(state) for parameter, state in self.state.items() if state}
-        self.check_state()
-        self._check_rule(loaded)
+        with unchanged_on_error(self):
+            saved = check_form(state_dict)
+            super().load_state_dict(state_dict)
+            restore_exactly(self, state_dict, self.param_groups)
+            loaded = {parameter: set(state) for parameter, state in self.state.items() if state}
+            try:
+                self.check_state()
+            except ValueError:
+                self._check_classes(saved)  # the better reason
+                raise
+            self._check_rule(loaded, [stack for stacks in self._stacks for stack in stacks], saved)
+            self._check_classes(saved)
+
+    def _check_classes(self, saved: Sequence[dict[str, Any]]) -> None:
+        for group in saved:
+            check_class(group, self, repr(group["name"]) if "name" in group else "these parameters")
 
     def check_state(self) -> None:
         """Raise ``ValueError`` if the state does not fit the parameters, as after loading that of another model."""
         if any(self.state.get(parameter) for group in self.param_groups for parameter in group["params"]):
             self._refresh_stacks()
+            self._check_idle_state()
 
-    def _check_rule(self, loaded: dict[Tensor, set[str]]) -> None:
+    def _check_idle_state(self) -> None:
+        """The same for parameters that are frozen now, but have been trained: as if they took part, on a copy."""
+        for group in self.param_groups:
+            idle = [p for p in group["params"] if not _takes_part(p) and self.state.get(p)]
+            if idle:
+                copied = defaultdict(dict, {parameter: dict(self.state[parameter]) for parameter in idle})
+                kept = {parameter: set(state) for parameter, state in copied.items()}
+                stacks = self._stacks_of(idle, group)
+                for stack in stacks:
+                    stack.bind(copied, self.init_state, group)
+                self._check_rule(kept, stacks)
+
+    def _check_rule(
+        self, loaded: dict[Tensor, set[str]], stacks: Sequence[MatrixStack], saved: Sequence[dict[str, Any]] = ()
+    ) -> None:
         """Raise ``ValueError`` where a loaded state has other entries than this rule keeps."""
-        members = [member for stacks in self._stacks for stack in stacks for member in stack.members]
+        members = [member for stack in stacks for member in stack.members]
         kept: dict[Tensor, set[str]] = {}
         for member in members:
             kept.setdefault(member.parameter, set()).update(map(member.state_key, member.bound))
         for member in members:
             found = loaded.get(member.parameter)
             if found is not None and found != kept[member.parameter]:
+                rules = sorted({name_of_class(group[OPTIMIZER_KEY]) for group in saved if OPTIMIZER_KEY in group})
                 raise ValueError(
                     f"The state to load for {member.name!r} has {', '.join(sorted(found))}, but {type(self).__name__} "
-                    f"keeps {', '.join(sorted(kept[member.parameter])) or 'no state'}: it was saved by another rule. "
-                    "Load the weights alone to go on with this one."
+                    f"keeps {', '.join(sorted(kept[member.parameter])) or 'no state'}: it was saved by another rule"
+                    f"{', ' + ' and '.join(rules) if rules else ''}. Choose that one again, or load the weights alone "
+                    f"and let {type(self).__name__} start anew."
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,6 +313,7 @@ class MatrixOptimizer(Optimizer):
         for group in state["param_groups"]:
             for key in defaults.keys() - {"differentiable"}:
                 group.setdefault(key, defaults[key])
+            group[OPTIMIZER_KEY] = class_label(self)
         super().__setstate__(state)
         self._stacks, self._signatures = [], []
         self.__dict__.setdefault("_observers", OrderedDict())
@@ -299,22 +336,22 @@ class MatrixOptimizer(Optimizer):
         """Bring the stacks up to date with the parameters that take part now, and bind them to ``self.state``."""
         del self._stacks[len(self.param_groups) :], self._signatures[len(self.param_groups) :]
         for index, group in enumerate(self.param_groups):
-            active = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+            active = [p for p in group["params"] if _takes_part(p)]
             signature = [(id(p), p.dtype, p.device) for p in active]
             if index == len(self._stacks):
                 self._stacks.append([])
                 self._signatures.append([])
             if signature != self._signatures[index]:
-                name_of = self.parameter_names()
-                self._stacks[index] = build_stacks(
-                    active,
-                    [name_of[p] for p in active],
-                    [self.layouts[p] for p in active],
-                    None if group["state_dtype"] is None else getattr(torch, group["state_dtype"]),
-                )
+                self._stacks[index] = self._stacks_of(active, group)
                 self._signatures[index] = signature
             for stack in self._stacks[index]:
                 stack.bind(self.state, self.init_state, group)
+
+    def _stacks_of(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[MatrixStack]:
+        name_of = self.parameter_names()
+        dtype = None if group["state_dtype"] is None else getattr(torch, group["state_dtype"])
+        names, layouts = [name_of[p] for p in parameters], [self.layouts[p] for p in parameters]
+        return build_stacks(parameters, names, layouts, dtype)
 
     def _step_stack(
         self,
@@ -385,3 +422,8 @@ class MatrixOptimizer(Optimizer):
                 update = member.layout.write(ordered, member.parameter.shape)
             for observer in list(self._observers.values()):
                 observer(member.name, update)
+
+
+def _takes_part(parameter: Tensor) -> bool:
+    """Whether a parameter is in the stacks: frozen ones need no memory."""
+    return parameter.requires_grad or parameter.grad is not None

@@ -1,0 +1,173 @@
+"""The children of a hybrid: how they are made from a partition, and what they may be."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_muon.optim import foreign
+from lightning_muon.optim.arguments import NO_CLASS
+from lightning_muon.optim.routing import can_train, options_of
+from lightning_muon.partition import Partition
+
+OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+def build_child(factory: OptimizerFactory, partition: Partition, owner: str) -> Optimizer | None:
+    """Make the child that takes one group of a partition; None where the group has no parameter.
+
+    Its param groups hold the trainable parameters. Those whose parameters are all frozen are empty: they are there for
+    schedulers, and for the parameters once they are unfrozen. They have the options that the factory gives them.
+
+    Raises:
+        ValueError: if a rule sets an option that the optimizer does not have, or that is out of range.
+        TypeError: if the factory makes something else, or the optimizer cannot be part of a hybrid.
+    """
+    groups = _groups(partition, owner)
+    if not groups:
+        return None
+    options = {key for group in groups for key in group} - {"params", "param_names", "name", "layouts"}
+    for group in groups:
+        _check_options(group)
+    optimizer = _construct(factory, groups, owner)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{factory!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+    unknown = sorted(options - set(optimizer.defaults))
+    if unknown:
+        raise ValueError(
+            f"A rule sets {', '.join(unknown)}, which {type(optimizer).__name__} does not have. Its options: "
+            f"{', '.join(sorted(optimizer.defaults))}."
+        )
+    frozen = {group["name"] for group in groups if _is_frozen(group)}
+    for group in optimizer.param_groups:
+        group.pop("layouts", None)
+        if group.get("name") in frozen:
+            for parameter in group["params"]:
+                optimizer.state.pop(parameter, None)
+            group["params"], group["param_names"] = [], []
+    return optimizer
+
+
+def warn_without_matrices(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> None:
+    """Say so where the matrix optimizer has nothing to do, or nothing yet."""
+    if any(entry.group == "matrix" and not entry.frozen for entry in partition):
+        return
+    start = f"{type(module).__name__} has no trainable hidden matrix: every parameter goes to "
+    text = f"{start}{type(optimizers['other']).__name__} and no matrix optimizer is used."
+    if "matrix" in optimizers:
+        count = sum(entry.group == "matrix" for entry in partition)
+        text = (
+            f"{start}{type(optimizers['other']).__name__}. {count} hidden matrices are frozen, and go to "
+            f"{type(optimizers['matrix']).__name__} once they are unfrozen."
+        )
+    warnings.warn(text, stacklevel=3)
+
+
+def check_children(optimizers: Mapping[str, Optimizer] | None, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be the children of a hybrid.
+
+    Args:
+        optimizers: the children by name, or whatever was given in their place.
+        options: what was given besides.
+
+    Raises:
+        ValueError: if there is no child, or children share a parameter.
+        TypeError: if a child is no optimizer or cannot be part of a hybrid; for options, which it does not have.
+    """
+    if options:
+        raise TypeError(
+            f"HybridOptimizer has no options of its own, got {', '.join(options)}: its children have them. {NO_CLASS}"
+        )
+    if not isinstance(optimizers, Mapping) or not optimizers:
+        raise ValueError(
+            "HybridOptimizer takes a mapping of names to optimizers, e.g. {'other': AdamW(...), 'matrix': Muon(...)}, "
+            f"got {optimizers!r}. To partition a module use HybridOptimizer.from_module. {NO_CLASS}"
+        )
+    for name, child in optimizers.items():
+        if not isinstance(child, Optimizer):
+            raise TypeError(f"The child {name!r} is {type(child).__name__}, not a torch.optim.Optimizer.")
+        foreign.check_child(name, child)
+    foreign.check_together(optimizers)
+    owners = Counter(p for child in optimizers.values() for group in child.param_groups for p in group["params"])
+    if any(count > 1 for count in owners.values()):
+        shapes = [tuple(parameter.shape) for parameter, count in owners.items() if count > 1]
+        raise ValueError(f"Each parameter may have one optimizer only; these shapes are in several: {shapes}.")
+
+
+def check_names(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise ``ValueError`` if two param groups have one name."""
+    repeated = [name for name, count in Counter(group["name"] for group in groups).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Param group names must be unique, got {', '.join(repeated)} more than once.")
+
+
+def shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+    """What generic code looks up in ``defaults``: OneCycleLR and LearningRateMonitor ask for momentum there.
+
+    ``betas`` stays out: with it they would read and write ``betas`` of every group and miss Muon's momentum.
+    """
+    shared: dict[str, Any] = {}
+    for child in optimizers.values():
+        shared.update({key: child.defaults[key] for key in ("lr", "momentum") if key in child.defaults})
+    for child in optimizers.values():
+        if "betas" in child.defaults:
+            shared.setdefault("momentum", child.defaults["betas"][0])
+    return shared
+
+
+def _groups(partition: Partition, owner: str) -> list[dict[str, Any]]:
+    """Param groups of the partition for one child, with the trainable parameters; all frozen ones of a group that has
+    no trainable one.
+
+    Parameters that can never train, such as quantized ones, are in none.
+    """
+    entries = [entry for entry in partition if entry.group == owner and can_train(entry.parameter)]
+    trained = {entry.group_name for entry in entries if not entry.frozen}
+    groups: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.frozen and entry.group_name in trained:
+            continue
+        start = {"name": entry.group_name, "params": [], "param_names": [], **entry.options}
+        group = groups.setdefault(entry.group_name, start)
+        group["params"].append(entry.parameter)
+        group["param_names"].append(entry.name)
+        if owner == "matrix":
+            group.setdefault("layouts", []).append(entry.layout)
+    return list(groups.values())
+
+
+def _is_frozen(group: Mapping[str, Any]) -> bool:
+    return not any(parameter.requires_grad for parameter in group["params"])
+
+
+def _construct(factory: OptimizerFactory, groups: list[dict[str, Any]], owner: str) -> Optimizer:
+    """The optimizer for these groups. One that refuses frozen parameters need not take them before they train."""
+    try:
+        return foreign.construct(factory, [dict(group) for group in groups], owner)
+    except Exception:
+        if not any(map(_is_frozen, groups)):
+            raise
+        empty: dict[str, Any] = {"params": [], "param_names": []}
+        bare = [{**options_of(group), **empty} if _is_frozen(group) else dict(group) for group in groups]
+        try:
+            return foreign.construct(factory, bare, owner)
+        except Exception:
+            pass
+        raise
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """Optimizers of torch check their defaults but not the options of a group."""
+    for key in ("lr", "weight_decay"):
+        value = group.get(key, 0.0)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not isinstance(value, Tensor) and not (number and 0.0 <= value < math.inf):
+            raise ValueError(
+                f"A rule sets {key}={value!r} for the group {group['name']!r}: it must be a finite number of 0 or more."
+            )

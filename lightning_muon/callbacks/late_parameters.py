@@ -31,51 +31,36 @@ class LateParameters(Callback):
     def __init__(self, optimizer: HybridOptimizer, parameter_rules: Sequence[ParameterRule] = ()) -> None:
         self.optimizer = optimizer
         self.parameter_rules = parameter_rules
-        self._groups = -1
-        self._optimized: set[Tensor] = set()
+        self._count = -1
+        self._known: set[Tensor] = set()
         self._named: set[Tensor] = set()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._refresh(trainer)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.optimizer not in trainer.optimizers:
-            return
-        known = {entry.parameter for entry in self.optimizer.partition or ()}
-        if all(p in known or p in self._optimized for p in pl_module.parameters() if p.requires_grad):
-            return
-        self._refresh(trainer)
-        new = {p for p in pl_module.parameters() if p.requires_grad} - known - self._optimized - self._named
-        if new and len(trainer.optimizers) == 1:
-            partition = partition_parameters(pl_module, self.parameter_rules)
-            joining = [entry for entry in partition if entry.parameter in new]
-            self.optimizer.adopt(joining)  # type: ignore[attr-defined]
-            names = ", ".join(f"{entry.name} ({entry.group})" for entry in joining)
+        if self._new(trainer, pl_module) and len(trainer.optimizers) == 1:
+            joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
+            names = ", ".join(f"{entry.name} ({entry.group})" for entry in joined)
             rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.optimizer not in trainer.optimizers:
-            return
-        if self._groups != self._count(trainer):
-            self._refresh(trainer)
-        outside = [
-            (name, parameter)
-            for name, parameter in pl_module.named_parameters()
-            if parameter.grad is not None and parameter not in self._optimized and parameter not in self._named
-        ]
+        outside = {p for p in self._new(trainer, pl_module) if p.grad is not None} - self._named
         if outside:
-            self._named.update(parameter for _, parameter in outside)
-            names = ", ".join(name for name, _ in outside[:6]) + (", ..." if len(outside) > 6 else "")
+            self._named |= outside
+            found = [name for name, parameter in pl_module.named_parameters() if parameter in outside]
+            names = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
             rank_zero_warn(
-                f"{len(outside)} parameters of {type(pl_module).__name__} get gradients but are in no optimizer, so "
-                f"that they are not trained: {names}. Freeze them with requires_grad_(False), or have them in the "
-                "module before configure_optimizers is called (in __init__ or configure_model)."
+                f"{type(pl_module).__name__} has parameters that get gradients and are in no optimizer: {names}. This "
+                "step does not train them. Freeze them with requires_grad_(False), or have them in the module before "
+                "configure_optimizers is called (in __init__ or configure_model)."
             )
 
-    def _refresh(self, trainer: Trainer) -> None:
-        self._groups = self._count(trainer)
-        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        self._optimized = {parameter for group in groups for parameter in group["params"]}
-
-    def _count(self, trainer: Trainer) -> int:
-        return sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    def _new(self, trainer: Trainer, module: LightningModule) -> set[Tensor]:
+        """Trainable parameters that are in no optimizer, and that the hybrid does not wait for either."""
+        if self.optimizer not in trainer.optimizers:  # a later fit, of another module
+            return set()
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        count = sum(len(group["params"]) for group in groups)
+        if count != self._count:
+            self._count = count
+            self._known = {parameter for group in groups for parameter in group["params"]}
+            self._known |= {entry.parameter for entry in self.optimizer.partition or ()}
+        return {p for p in module.parameters() if p.requires_grad and p not in self._known}

@@ -137,7 +137,7 @@ def _scheduler(schedule: Schedule, optimizer: HybridOptimizer, trainer: Trainer)
     steps = steps_of_run(trainer)
     if share_of_time(trainer) is not None and steps == float("inf"):
         return ScheduledLR(optimizer, schedule, steps)  # the clock tells, once the run is under way
-    return schedule.scheduler(optimizer, steps)
+    return schedule.scheduler(optimizer, 1 if steps == 0 else steps)  # a fit of no steps needs no rate
 
 
 def _check_strategy(trainer: Trainer) -> None:

@@ -85,6 +85,11 @@ class UseMuon(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         add_matrix_layouts(checkpoint, pl_module, self.parameter_rules)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A Trainer gives each callback the module's methods `log` and `log_dict`. Packages that copy or pickle their
+        # callbacks after a fit would copy the whole module with them.
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+
     def attach(self, module: LightningModule) -> None:
         """Stand in for ``module.configure_optimizers``; a fit does it by itself.
 

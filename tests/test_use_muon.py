@@ -187,6 +187,24 @@ def test_attached_modules_can_be_copied_and_pickled():
         assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in copied.parameters()}
 
 
+def test_a_copy_after_a_fit_does_not_hold_the_module():
+    """Packages pickle the callbacks that they were given, and keep them among their hyperparameters."""
+    callback, module = use(), seeded()
+    fit(module, callbacks=[callback])
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert vars(copied).keys() == vars(use()).keys()
+        assert copied.matrix_optimizer.keywords == {"lr": 0.02}
+    fit(module, callbacks=[callback])
+
+
+def test_a_fit_of_no_batches():
+    """RecTools loads a model by a fit on nothing."""
+    module = seeded()
+    before = weights(module)
+    trainer(max_steps=-1, max_epochs=2, callbacks=[use()]).fit(module, torch.utils.data.DataLoader([]))
+    assert_same(weights(module), before)
+
+
 def test_weight_averaging_beside_it():
     module = seeded()
     fit(module, callbacks=[EMAWeightAveraging(decay=0.5), use()])

@@ -316,10 +316,11 @@ def test_validate_and_test_run():
     assert run("test").trainer.callback_metrics["test_loss"] > 0
 
 
-def test_fit_prints_the_partition_unless_summaries_are_off(capsys):
-    run("fit", "--trainer.enable_model_summary=true")
+@BOTH
+def test_fit_prints_the_partition_unless_summaries_are_off(cli, capsys):
+    run("fit", "--trainer.enable_model_summary=true", cli=cli)
     assert capsys.readouterr().out.count("layers.up.weight") == 1
-    run("fit", "--trainer.enable_model_summary=false")
+    run("fit", "--trainer.enable_model_summary=false", cli=cli)
     assert "layers.up.weight" not in capsys.readouterr().out
 
 

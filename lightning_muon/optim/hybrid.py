@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_muon.optim import foreign
+from lightning_muon.optim.arguments import WRITTEN_BY_OTHERS, check_option_names
 from lightning_muon.optim.checkpoint import match_by_name
 from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.muon import Muon
@@ -121,13 +122,16 @@ class HybridOptimizer(Optimizer):
         ``param_group`` apply to all of them. Others need a ``"name"`` that begins with a child's, e.g. ``"other/new"``.
 
         Raises:
-            ValueError: if it is unknown where a parameter belongs.
+            ValueError: if it is unknown where a parameter belongs, or for an option that its optimizer does not have.
         """
         if self._constructing:
             super().add_param_group(param_group)
             return
         taken = {parameter for group in self.param_groups for parameter in group["params"]}
-        for owner, group in self._route(param_group):
+        routed = self._route(param_group)
+        for owner, group in routed:
+            check_option_names(self.optimizers[owner], group, WRITTEN_BY_OTHERS | _flags(self.optimizers[owner]))
+        for owner, group in routed:
             if not taken.isdisjoint(group["params"]):
                 raise ValueError("Some of these parameters are optimized already: each may be in one param group only.")
             group["name"] = self._unused_name(group["name"])
@@ -354,20 +358,23 @@ def _set_param_names(group: dict[str, Any], partition: Partition | None) -> None
         group["param_names"] = [known.get(id(p), f"{group['name']}[{index}]") for index, p in parameters]
 
 
+def _flags(child: Optimizer) -> set[str]:
+    """What the groups of an optimizer of another package hold that its constructor has no defaults for."""
+    if not child.defaults:
+        return {key for group in child.param_groups for key in group}
+    written_here = {"momentum"}
+    return {key for group in child.param_groups for key in group} - child.defaults.keys() - written_here
+
+
 def _build(factory: OptimizerFactory, groups: list[dict[str, Any]], owner: str) -> Optimizer:
-    allowed = {"params", "param_names", "name", "layouts"}
-    options = {key for group in groups for key in group} - allowed
     for group in groups:
         _check_options(group)
+    as_written = [dict(group) for group in groups]  # construction fills in the defaults
     optimizer = foreign.construct(factory, groups, owner)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{factory!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
-    unknown = sorted(options - set(optimizer.defaults))
-    if unknown:
-        raise ValueError(
-            f"A rule sets {', '.join(unknown)}, which {type(optimizer).__name__} does not have. Its options: "
-            f"{', '.join(sorted(optimizer.defaults))}."
-        )
+    for group in as_written:
+        check_option_names(optimizer, group)
     for group in optimizer.param_groups:
         group.pop("layouts", None)
     return optimizer

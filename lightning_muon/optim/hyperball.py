@@ -28,8 +28,10 @@ class MuonHyperball(WeightAwareOptimizer):
     have a radius each. A matrix whose step is zero, for want of a gradient or with a learning rate of 0, stays as it
     is.
 
-    Source: Wen et al., arXiv 2606.16899 (MuonH there), after NVIDIA's Emerging-Optimizers, which takes for :math:`R`
-    the norm before each step instead of the first, and so lets rounding add up.
+    Source: Wen et al., arXiv 2606.16899, and an author's code (MuonH in track 3 of
+    github.com/KellerJordan/modded-nanogpt), which takes for :math:`R` the norm before each step instead of the first,
+    and so lets rounding add up, and has no weight decay. NVIDIA's Emerging-Optimizers wants one radius for all
+    matrices, which is ``radius``.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.

@@ -129,8 +129,7 @@ def test_a_misspelt_option_gets_near_names(misspelt: str, meant: str) -> None:
 
 def test_an_option_far_from_all_names_gets_the_list() -> None:
     with pytest.raises(
-        ValueError,
-        match=r"'wd', which param group 0 sets\. Names: weight_decay, lr, rms, sweeps, cautious, state_dtype, nonfinite\.",
+        ValueError, match=r"'wd', which .* sets\. Names: weight_decay, lr, rms, sweeps, cautious, state"
     ):
         SinkGD([{"params": [matrix()], "wd": 0.5}])
 

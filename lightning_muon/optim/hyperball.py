@@ -55,8 +55,8 @@ class MuonHyperball(WeightAwareOptimizer):
     Cost: Muon's, and three passes over weights and step for norms and scaling.
 
     Prefer it where the scale of the weights does not matter, because a normalization follows, or is right from the
-    start: there is no weight decay to tune, and a learning rate serves several widths and depths. Do not use it where
-    weights must grow or shrink: output layers without a gain, LoRA factors and other matrices that start at zero.
+    start: there is no weight decay to tune, and the paper keeps one learning rate over widths and depths. Do not use it
+    where weights must grow or shrink: output layers without a gain, LoRA factors and other matrices that start at zero.
 
     Raises:
         ValueError: for an argument out of range, for a parameter that cannot be read as matrices, and for a matrix of

@@ -77,7 +77,8 @@ class MatrixOptimizer(Optimizer):
             last two wait for the device once a step. In a hybrid "skip" protects the matrices, not the other half.
 
     Raises:
-        ValueError: for an option out of range, and for a parameter that cannot be read as matrices.
+        ValueError: for an option out of range, for one in a param group that the constructor does not take, and for a
+            parameter that cannot be read as matrices.
         TypeError: for a parameter that is not a floating-point tensor, or is sharded (``DTensor``).
     """
 

@@ -150,6 +150,7 @@ class Muown(WeightAwareOptimizer):
         gradient.addcmul_(weights, (along / lengths).unsqueeze(2), value=-1).mul_((magnitude / norm).unsqueeze(2))
         del weights
         turn = self.orthogonalize(self.momentum(gradient.to(grad.dtype), state, group), group)
+        del grad, gradient  # as much memory as the weights, which are read again
         weights = read_weights()
         turn = turn.to(weights.dtype)
         rate = lr * shape_scale(group["lr_scale"], *weights.shape[1:])

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_muon.partition import MatrixLayout
+from lightning_muon.partition.rules import near_names
+
+OPTIMIZER_KEY = "optimizer"
+"""Where a param group keeps the class of its optimizer, so that no other class loads its state."""
+
+FOLLOWS_KEY = "follows"
+"""Where a param group of a hybrid keeps the name of the group whose learning rate it follows."""
+
+STRUCTURAL_KEYS = frozenset({"params", "param_names", "name", "layouts", OPTIMIZER_KEY, FOLLOWS_KEY})
+"""What a param group holds besides options."""
+
+WRITTEN_BY_OTHERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}  # schedulers of torch
+    | {"use_muon"}  # pytorch-optimizer and Keller Jordan's Muon
+)
+"""What a param group may hold because it was made for, or had, a scheduler or another optimizer."""
 
 NO_CLASS = (
     "A package that calls optimizer(params=module.parameters(), lr=...) cannot say which parameters are matrices: pass "
@@ -48,6 +66,45 @@ def check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     return layout
+
+
+def check_option_names(optimizer: Optimizer, group: dict[str, Any], allowed: Collection[str] = ()) -> None:
+    """Refuse what the optimizer's constructor refuses in a new param group too, where torch keeps it in silence.
+
+    Args:
+        optimizer: that the group is for.
+        group: as the user wrote it.
+        allowed: keys that it may have besides options.
+
+    Raises:
+        ValueError: names the option, the group and near names.
+    """
+    options = constructor_options(optimizer)
+    where = f"the param group {group['name']!r}" if "name" in group else f"param group {len(optimizer.param_groups)}"
+    for key in group:
+        if key not in options and key not in STRUCTURAL_KEYS and key not in allowed:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no option {key!r}, which {where} sets. "
+                f"{near_names(str(key), options, limit=len(options))}"
+            )
+
+
+def constructor_options(optimizer: Optimizer) -> list[str]:
+    """The options that a param group may set: those of the optimizer's defaults that its constructor takes.
+
+    A base class may have defaults that a rule sets by itself and that must not be changed under it.
+    """
+    taken: set[str] = set()
+    for base in type(optimizer).__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        if "defaults" in parameters:  # reached through **kwargs, or inherited: whatever is a default can be given
+            return list(optimizer.defaults)
+        taken.update(parameters)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return [key for key in optimizer.defaults if key in taken]
 
 
 def check_non_negative(group: dict[str, Any], key: str) -> None:

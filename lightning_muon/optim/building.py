@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muon.optim import foreign
-from lightning_muon.optim.arguments import NO_CLASS
+from lightning_muon.optim.arguments import (
+    NO_CLASS,
+    STRUCTURAL_KEYS,
+    WRITTEN_BY_OTHERS,
+    check_option_names,
+    constructor_options,
+)
+from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.routing import can_train, options_of
 from lightning_muon.partition import Partition
 
@@ -32,18 +39,13 @@ def build_child(factory: OptimizerFactory, partition: Partition, owner: str) -> 
     groups = _groups(partition, owner)
     if not groups:
         return None
-    options = {key for group in groups for key in group} - {"params", "param_names", "name", "layouts"}
     for group in groups:
         _check_options(group)
     optimizer = _construct(factory, groups, owner)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{factory!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
-    unknown = sorted(options - set(optimizer.defaults))
-    if unknown:
-        raise ValueError(
-            f"A rule sets {', '.join(unknown)}, which {type(optimizer).__name__} does not have. Its options: "
-            f"{', '.join(sorted(optimizer.defaults))}."
-        )
+    for group in groups:
+        check_option_names(optimizer, group)
     frozen = {group["name"] for group in groups if _is_frozen(group)}
     for group in optimizer.param_groups:
         group.pop("layouts", None)
@@ -52,6 +54,16 @@ def build_child(factory: OptimizerFactory, partition: Partition, owner: str) -> 
                 optimizer.state.pop(parameter, None)
             group["params"], group["param_names"] = [], []
     return optimizer
+
+
+def add_group(child: Optimizer, group: dict[str, Any]) -> None:
+    """Add a group to a child that may hold what the child's own class wrote into another, besides what a user may."""
+    if not isinstance(child, MatrixOptimizer):
+        child.add_param_group(group)
+        return
+    allowed = {*constructor_options(child), *STRUCTURAL_KEYS, *WRITTEN_BY_OTHERS}
+    child.add_param_group({key: value for key, value in group.items() if key in allowed})
+    child.param_groups[-1].update({key: value for key, value in group.items() if key not in allowed})
 
 
 def warn_without_matrices(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> None:

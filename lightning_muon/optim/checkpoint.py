@@ -10,10 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muon.optim.arguments import OPTIMIZER_KEY
 from lightning_muon.optim.routing import Routing
-
-OPTIMIZER_KEY = "optimizer"
-"""Where a param group keeps the class of its optimizer, so that no other class loads its state."""
 
 
 @dataclass

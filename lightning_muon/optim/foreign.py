@@ -87,6 +87,12 @@ def differentiates_gradients(optimizer: Optimizer) -> bool:
     return "hessian" in inspect.signature(optimizer.step).parameters
 
 
+def flags_of(child: Optimizer) -> set[str]:
+    """What the groups of an optimizer of another package hold that its constructor has no defaults for."""
+    held = {key for group in child.param_groups for key in group}
+    return held - child.defaults.keys() - {"momentum"} if child.defaults else held
+
+
 def has_modes(optimizer: Optimizer) -> bool:
     """Whether ``train()`` and ``eval()`` exchange the weights, as schedule-free optimizers do."""
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))

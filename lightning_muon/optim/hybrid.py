@@ -15,23 +15,28 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_muon.optim import foreign
+from lightning_muon.optim.arguments import (
+    FOLLOWS_KEY,
+    OPTIMIZER_KEY,
+    WRITTEN_BY_OTHERS,
+    check_option_names,
+    constructor_options,
+)
 from lightning_muon.optim.building import (
     OptimizerFactory,
+    add_group,
     build_child,
     check_children,
     check_names,
     shared_defaults,
     warn_without_matrices,
 )
-from lightning_muon.optim.checkpoint import OPTIMIZER_KEY, check_class, class_label, match_groups, state_of
+from lightning_muon.optim.checkpoint import check_class, class_label, match_groups, state_of
 from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
 from lightning_muon.optim.muon import Muon
 from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.routing import Routing, peak_rate, set_rate
 from lightning_muon.partition import ParameterAssignment, ParameterRule, Partition, partition_parameters
-
-_FOLLOWS = "follows"
-"""Where a param group keeps the name of the group whose learning rate it follows."""
 
 _log = logging.getLogger(__name__)
 
@@ -181,17 +186,20 @@ class HybridOptimizer(Optimizer):
         ``BackboneFinetuning`` sets, until somebody gives them their own.
 
         Raises:
-            ValueError: if it is unknown where a parameter belongs, if it has an optimizer already or if its optimizer
-                refuses it. Nothing is changed then.
+            ValueError: if it is unknown where a parameter belongs, if it has an optimizer already, for an option that
+                its optimizer does not have, or if that refuses it. Nothing is changed then.
         """
         if self._constructing:
             super().add_param_group(param_group)
             return
         with unchanged_on_error(self, *self.optimizers.values()):
             parts = self._routing.split(param_group)
+            for owner, group in parts:
+                child = self.optimizers[owner]
+                check_option_names(child, group, WRITTEN_BY_OTHERS | foreign.flags_of(child))
             added = [self._add_group(owner, group, param_group.get("lr")) for owner, group in parts]
             for group in added[:-1]:
-                group[_FOLLOWS] = added[-1]["name"]
+                group[FOLLOWS_KEY] = added[-1]["name"]
             self._link()
 
     def adopt(self, partition: Partition) -> list[ParameterAssignment]:
@@ -419,7 +427,7 @@ class HybridOptimizer(Optimizer):
         if group is None or (group["params"] and foreign.counts_in_groups(child)):
             self._add_group(owner, {**entries[0].options, "name": name, **members})
             return
-        child.add_param_group({**group, **members})  # checks them, and prepares what it needs
+        add_group(child, {**group, **members})  # checks them, and prepares what it needs
         joined = child.param_groups.pop()
         self._add_initial_state(owner, joined)
         params, names = [*group["params"], *joined["params"]], [*group["param_names"], *joined["param_names"]]
@@ -436,12 +444,16 @@ class HybridOptimizer(Optimizer):
         like = next((own for own in siblings if own["name"] == group["name"]), None)
         if like is not None:
             built = self._routing.built.get(like["name"], {})
-            options = built if foreign.counts_in_groups(child) else {k: like[k] for k in child.defaults if k in like}
+            options = (
+                built
+                if foreign.counts_in_groups(child)
+                else {k: like[k] for k in constructor_options(child) if k in like}
+            )
             group = {**options, **group}
         set_rate(group, lr, like, siblings, self.param_groups, child.defaults.get("lr"))
         group["name"] = self._unused_name(group["name"])
-        self._complete(group, owner)
-        child.add_param_group(group)
+        self._set_param_names(group)
+        add_group(child, group)
         group = child.param_groups[-1]
         self._add_initial_state(owner, group)
         self._complete(group, owner)
@@ -460,12 +472,15 @@ class HybridOptimizer(Optimizer):
     def _complete(self, group: dict[str, Any], owner: str) -> None:
         """Give a group what each has: names to load by, the class of its optimizer, and a momentum to log."""
         group[OPTIMIZER_KEY] = class_label(self.optimizers[owner])
+        self._set_param_names(group)
+        # So that none takes another child's from the shared defaults.
+        group.setdefault("momentum", group["betas"][0] if "betas" in group else 0.0)
+
+    def _set_param_names(self, group: dict[str, Any]) -> None:
         # torch wants all groups or none to have names.
         if "param_names" not in group:
             known = {entry.parameter: entry.name for entry in self.partition or ()}
             group["param_names"] = [known.get(p, f"{group['name']}[{i}]") for i, p in enumerate(group["params"])]
-        # So that none takes another child's from the shared defaults.
-        group.setdefault("momentum", group["betas"][0] if "betas" in group else 0.0)
 
     def _owner(self, group: dict[str, Any]) -> str:
         """Name of the child that takes a group of ``param_groups``, which may have been put there by others."""
@@ -504,7 +519,7 @@ class HybridOptimizer(Optimizer):
         links.modal = [child for child in children if foreign.has_modes(child)]
         links.momenta = {id(group): group.get("momentum") for group in self.param_groups}
         named = {group["name"]: group for group in self.param_groups}
-        links.followers = [(g, named[g[_FOLLOWS]]) for g in self.param_groups if g.get(_FOLLOWS) in named]
+        links.followers = [(g, named[g[FOLLOWS_KEY]]) for g in self.param_groups if g.get(FOLLOWS_KEY) in named]
         links.rates = {id(group): group.get("lr") for pair in links.followers for group in pair}
         if links.mode is not None:  # new groups begin in the other one
             for child in links.modal:

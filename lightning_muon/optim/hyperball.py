@@ -28,8 +28,10 @@ class MuonHyperball(WeightAwareOptimizer):
     have a radius each. A matrix whose step is zero, for want of a gradient or with a learning rate of 0, stays as it
     is.
 
-    Source: Wen et al., arXiv 2606.16899 (MuonH there), after NVIDIA's Emerging-Optimizers, which takes for :math:`R`
-    the norm before each step instead of the first, and so lets rounding add up.
+    Source: Wen et al., arXiv 2606.16899, and an author's code (MuonH in track 3 of
+    github.com/KellerJordan/modded-nanogpt), which takes for :math:`R` the norm before each step instead of the first,
+    and so lets rounding add up, and has no weight decay. NVIDIA's Emerging-Optimizers wants one radius for all
+    matrices, which is ``radius``.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
@@ -53,8 +55,8 @@ class MuonHyperball(WeightAwareOptimizer):
     Cost: Muon's, and three passes over weights and step for norms and scaling.
 
     Prefer it where the scale of the weights does not matter, because a normalization follows, or is right from the
-    start: there is no weight decay to tune, and a learning rate serves several widths and depths. Do not use it where
-    weights must grow or shrink: output layers without a gain, LoRA factors and other matrices that start at zero.
+    start: there is no weight decay to tune, and the paper keeps one learning rate over widths and depths. Do not use it
+    where weights must grow or shrink: output layers without a gain, LoRA factors and other matrices that start at zero.
 
     Raises:
         ValueError: for an argument out of range, for a parameter that cannot be read as matrices, and for a matrix of

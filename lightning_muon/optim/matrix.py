@@ -16,16 +16,18 @@ from lightning_muon.linalg import orthogonalize
 from lightning_muon.linalg.orthogonalize import check_orthogonalization
 from lightning_muon.optim.apply import decay, decay_by, split_like, subtract
 from lightning_muon.optim.arguments import (
+    OPTIMIZER_KEY,
+    WRITTEN_BY_OTHERS,
     check_choice,
     check_fraction,
     check_non_negative,
+    check_option_names,
     check_parameter,
     dtype_name,
     parameter_names,
     unique_names,
 )
 from lightning_muon.optim.checkpoint import (
-    OPTIMIZER_KEY,
     check_class,
     check_form,
     class_label,
@@ -83,7 +85,8 @@ class MatrixOptimizer(Optimizer):
             last two wait for the device once a step. In a hybrid "skip" protects the matrices, not the other half.
 
     Raises:
-        ValueError: for an option out of range, and for a parameter that cannot be read as matrices.
+        ValueError: for an option out of range, for one in a param group that the constructor does not take, and for a
+            parameter that cannot be read as matrices.
         TypeError: for a parameter that is not a floating-point tensor, or is sharded (``DTensor``).
     """
 
@@ -156,11 +159,21 @@ class MatrixOptimizer(Optimizer):
         check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
         check_choice(group, "cautious", (False, True))
         group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
+        if group.get("use_muon") is False:
+            raise ValueError(
+                f"use_muon=False asks {type(self).__name__} to leave a param group to Adam, but it orthogonalizes or "
+                "rescales all it is given: use HybridOptimizer, which has another optimizer for the rest."
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in ``torch.optim``; ``"layouts"`` may hold one layout a parameter."""
+        """Add a group, as in ``torch.optim``; ``"layouts"`` may hold one layout a parameter.
+
+        Raises:
+            ValueError: for an option that the constructor does not take, and whatever the constructor raises.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        check_option_names(self, param_group, WRITTEN_BY_OTHERS)
         param_group = {**param_group, OPTIMIZER_KEY: class_label(self)}
         layouts = param_group.pop("layouts", None)
         super().add_param_group(param_group)

@@ -27,14 +27,16 @@ class Muown(WeightAwareOptimizer):
         \gamma_i &= \langle G_i, u_i \rangle, \qquad
         \Gamma_i = \frac{g_i}{\|v_i\|} (G_i - \gamma_i u_i) \\
         M_t &= \mu M_{t-1} + (1 - \mu)\, \Gamma \\
-        v_t &= v_{t-1} - \eta\, s(m, n) \operatorname{orthogonalize}(M_t) \\
-        g_t &= (1 - \eta\lambda)\, g_{t-1} - \eta\, \hat p_t / (\sqrt{\hat q_t} + \epsilon) \\
-        W_{t,i} &= g_{t,i}\, v_{t,i} / \|v_{t,i}\|
+        \tilde M_t &= \mu M_t + (1 - \mu)\, \Gamma \quad\text{with nesterov, else}\quad M_t \\
+        v_t &= v_{t-1} - \eta\, s(m, n) \operatorname{orthogonalize}(\tilde M_t) \\
+        g_t &= g_{t-1} - \eta\, \hat p_t / (\sqrt{\hat q_t} + \epsilon) \\
+        W_{t,i} &= g_{t,i}\, v_{t,i} / \|v_{t,i}\| - \eta\lambda\, W_{t-1,i}
 
     where :math:`\hat p` and :math:`\hat q` are the bias-corrected averages of :math:`\gamma` and :math:`\gamma^2`, as
-    in Adam. At the start :math:`v = W` and :math:`g_i = \|W_i\|`. Only the magnitudes decay, with ``cautious`` those
-    that the step shrinks too. As :math:`\Gamma_i` is orthogonal to :math:`v_i`, the directions :math:`v` tend to grow
-    longer, which makes the later turns smaller, as under weight normalization.
+    in Adam. At the start :math:`v = W` and :math:`g_i = \|W_i\|`. After a step with weight decay :math:`g_i` is the
+    length of row i again, with its sign, and the direction is that of the decayed row. As :math:`\Gamma_i` is
+    orthogonal to :math:`v_i`, the directions :math:`v` tend to grow longer, which makes the later turns smaller, as
+    under weight normalization.
 
     Of v only the length is kept; the rest is read off the weights. So weights changed from outside, by loading or
     averaging, count as they are: a row that differs from its magnitude in length by more than rounding (1 part in 128
@@ -42,20 +44,26 @@ class Muown(WeightAwareOptimizer):
     float16 a row of zeros cannot leave zero, because its first steps are too small for that format; in bfloat16 and
     float32 it can.
 
-    Source: Lion et al., arXiv 2605.10797, after NVIDIA's Emerging-Optimizers, where magnitudes decay after the step
-    and not before: a difference of :math:`\eta^2 \lambda`.
+    Source: Lion et al., arXiv 2605.10797, and the authors' code (github.com/kcc-lion/muown), whose defaults these are
+    but for the learning rate (there 3e-4), weight decay of 0 among them: the method is meant to hold the norms without
+    it. Three things differ. A magnitude that has crossed zero keeps its sign when it is read again after a decay; there
+    it becomes positive, against the averages. A weight three times as tall as wide is one matrix here unless its layout
+    splits it; there it always counts as a fused query, key and value. The authors' distributed class, which also
+    shrinks the magnitudes first, decays about twice as much as their other one, which is followed here. NVIDIA's
+    Emerging-Optimizers has neither the look-ahead nor a decay of anything but the magnitudes.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta` of both parts.
-        weight_decay: decoupled weight decay :math:`\lambda` of the magnitudes.
+        weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1, for the directions.
+        nesterov: look one step ahead, in the directions.
         magnitude_betas: decay of the averages :math:`p` and :math:`q`, from 0 to below 1.
         eps: :math:`\epsilon`, above 0.
         method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
         steps: number of iterations; None for the method's own.
         lr_scale: shape scale :math:`s(m, n)` of the directions; see :class:`MatrixOptimizer`.
-        cautious: decay only magnitudes that the step also shrinks (arXiv 2510.12402).
+        cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
         orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
         state_dtype: dtype of the momentum; None for each parameter's own. What there is one of a row is float32 at
             least, so that parameters of less precision still gather small changes of length.
@@ -67,8 +75,8 @@ class Muown(WeightAwareOptimizer):
     Cost: Muon's, and some six passes over weights and gradient.
 
     Prefer it to Muon where the spectral norm of the weights creeps up in long runs, or where runs depend much on
-    weight decay and learning rate: the length of rows, which drives that growth, has its own variable, decay and
-    adaptive step. In track 3 of modded-nanogpt (August 2026) it takes 3075 steps where tuned Muon takes 3250.
+    weight decay and learning rate: the length of rows, which drives that growth, has its own variable and adaptive
+    step.
 
     Raises:
         ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
@@ -82,8 +90,9 @@ class Muown(WeightAwareOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: float = 0.0,
         momentum: float = 0.95,
+        nesterov: bool = True,
         magnitude_betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         method: OrthogonalizationMethod = "jordan",
@@ -98,6 +107,7 @@ class Muown(WeightAwareOptimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
+            "nesterov": nesterov,
             "magnitude_betas": magnitude_betas,
             "eps": eps,
             "method": method,
@@ -140,21 +150,30 @@ class Muown(WeightAwareOptimizer):
         gradient.addcmul_(weights, (along / lengths).unsqueeze(2), value=-1).mul_((magnitude / norm).unsqueeze(2))
         del weights
         turn = self.orthogonalize(self.momentum(gradient.to(grad.dtype), state, group), group)
+        del grad, gradient  # as much memory as the weights, which are read again
         weights = read_weights()
         turn = turn.to(weights.dtype)
         rate = lr * shape_scale(group["lr_scale"], *weights.shape[1:])
         directions = turn.mul_(-rate).addcmul_(weights, (norm / lengths).unsqueeze(2))
         norm.copy_(_row_lengths(directions))
 
-        stretch = lr * self._magnitude_step(along, state, group)
-        self.decay_(magnitude, stretch, lr * group["weight_decay"], group)
         # Rounded parameters have rows a little longer or shorter than their magnitudes, which the base makes up for. A
         # learning rate of 0 leaves every bit.
         moves = lr != 0
         base = weights.mul_((1 + moves * (magnitude / lengths - 1)).unsqueeze(2))
-        magnitude -= stretch
-        step = directions.mul_((-magnitude / norm).unsqueeze(2)).add_(base)
-        return base, step.mul_(moves)
+        magnitude -= lr * self._magnitude_step(along, state, group)
+        step = directions.mul_((-magnitude / norm).unsqueeze(2)).add_(base).mul_(moves)
+        amount = lr * group["weight_decay"]
+        if not (isinstance(amount, (int, float)) and amount == 0.0):
+            self.decay_(base, step, amount, group)
+            # From the weights before they are rounded, so that small decays add up in every dtype.
+            magnitude += moves * (_row_lengths(base - step).copysign_(magnitude) - magnitude)
+        return base, step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group.setdefault("nesterov", False)  # saved when the rule did not look ahead
+        super().__setstate__(state)
 
     def _magnitude_step(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """Adam's step for the magnitudes, before the learning rate; (B, m) -> (B, m)."""

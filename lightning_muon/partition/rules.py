@@ -36,7 +36,8 @@ class ParameterRule:
             together. Starts from 1 again where a rule sets ``split``.
         transposed: whether the tensor is stored (fan-in, fan-out).
         batch_dims: leading dimensions that count matrices, e.g. 1 for stacked experts (E, m, n).
-        options: param-group options, e.g. ``{"lr": 3e-3, "weight_decay": 0.0}``.
+        options: param-group options, e.g. ``{"lr": 3e-3, "weight_decay": 0.0}``; those that the constructor of the
+            group's optimizer takes.
         name: name of the param group that these parameters form. By default parameters with options of their own get
             one made from the pattern, the module type or the role.
 

@@ -46,20 +46,56 @@ def test_closed_form_of_the_first_step(shape: tuple[int, int], lr: float) -> Non
     (weight,), (grad,) = normal(*shape, seed=1), normal(*shape)
     run = walk(Muown, weight, [grad], lr=lr, weight_decay=0.4, eps=1e-30)
     radial = (grad * units(weight)).sum(dim=1, keepdim=True)
-    magnitude = (1 - lr * 0.4) * weight.norm(dim=1, keepdim=True) - lr * radial.sign()
+    magnitude = weight.norm(dim=1, keepdim=True) - lr * radial.sign()
     scale = shape_scale("match_rms_adamw", *shape)
     direction = weight - lr * scale * orthogonalize(grad - radial * units(weight))
-    assert relative(run.weights[1], magnitude * units(direction)) < 1e-10
+    assert relative(run.weights[1], magnitude * units(direction) - lr * 0.4 * weight) < 1e-10
 
 
-def test_only_magnitudes_decay() -> None:
+def test_directions_look_ahead() -> None:
+    """By default, as the authors' code has it: with nesterov the second step weighs the newest gradient more."""
+    (weight,), grads = normal(6, 4, seed=1), normal(6, 4, 2)
+    options = {"lr": 0.1, "weight_decay": 0.0}
+    default, ahead, plain = (
+        walk(Muown, weight, grads, **options, **more) for more in ({}, {"nesterov": True}, {"nesterov": False})
+    )
+    assert torch.equal(default.weights[2], ahead.weights[2])
+    assert relative(default.weights[1], plain.weights[1]) < 1e-10  # a first gradient is not weighed against others
+    assert relative(default.weights[2], plain.weights[2]) > 0.01
+
+
+def test_runs_saved_before_the_look_ahead_go_on_without_it() -> None:
+    (weight,), grads = normal(6, 4, seed=1), normal(6, 4, 4)
+    whole = walk(Muown, weight, grads, nesterov=False)
+    half = walk(Muown, weight, grads[:2], nesterov=False)
+    saved = half.optimizer.state_dict()
+    del saved["param_groups"][0]["nesterov"]
+    resumed = walk(Muown, half.weights[-1])
+    resumed.optimizer.load_state_dict(saved)
+    for grad in grads[2:]:
+        resumed.step(grad)
+    assert torch.equal(resumed.weights[-1], whole.weights[-1])
+
+
+def test_decay_acts_on_the_weights() -> None:
+    """Magnitudes are then the lengths of the decayed rows, while what turns the directions has not decayed."""
     (weight,), (grad,) = normal(6, 4, seed=1), normal(6, 4)
     plain = walk(Muown, weight, [grad], lr=0.1, weight_decay=0.0)
     decayed = walk(Muown, weight, [grad], lr=0.1, weight_decay=2.0)
-    assert relative(units(decayed.weights[1]), units(plain.weights[1])) < 1e-12
+    assert relative(plain.weights[1] - decayed.weights[1], 0.1 * 2.0 * weight) < 1e-12
+    assert relative(decayed.states[0]["magnitude"].flatten(), decayed.weights[1].norm(dim=1)) < 1e-12
     assert torch.equal(decayed.states[0]["direction_norm"], plain.states[0]["direction_norm"])
-    lost = plain.weights[1].norm(dim=1) - decayed.weights[1].norm(dim=1)
-    torch.testing.assert_close(lost, 0.1 * 2.0 * weight.norm(dim=1), rtol=1e-10, atol=0)
+    assert torch.equal(decayed.states[0]["momentum_buffer"], plain.states[0]["momentum_buffer"])
+
+
+def test_magnitudes_that_crossed_zero_keep_their_sign_when_weights_decay() -> None:
+    """Otherwise a row would turn against its momentum."""
+    (weight,) = normal(6, 4, seed=1)
+    weight = 0.05 * units(weight)
+    run = walk(Muown, weight, [weight] * 3, lr=0.04, weight_decay=0.1, eps=1e-30, method="svd")
+    assert [float(state["magnitude"].max()) > 0 for state in run.states] == [True, False, False]
+    for moved, state in zip(run.weights[1:], run.states, strict=True):
+        torch.testing.assert_close(moved.norm(dim=1), state["magnitude"].flatten().abs(), rtol=1e-10, atol=0)
 
 
 def test_radial_gradients_change_magnitudes_alone() -> None:
@@ -71,14 +107,13 @@ def test_radial_gradients_change_magnitudes_alone() -> None:
     torch.testing.assert_close(run.states[0]["magnitude"].flatten(), wanted, rtol=1e-6, atol=0)
 
 
-def test_cautious_decay_spares_magnitudes_that_grow() -> None:
+def test_cautious_decay_spares_weights_that_grow() -> None:
     (weight,), (grad,) = normal(6, 4, seed=1), normal(6, 4)
-    run = walk(Muown, weight, [grad], lr=0.1, weight_decay=1.0, cautious=True, eps=1e-30)
-    radial = (grad * units(weight)).sum(dim=1)
-    length = weight.norm(dim=1)
-    wanted = torch.where(radial > 0, 0.9 * length, length) - 0.1 * radial.sign()
-    assert 0 < int((radial > 0).sum()) < 6
-    torch.testing.assert_close(run.weights[1].norm(dim=1), wanted.abs(), rtol=1e-10, atol=0)
+    plain = walk(Muown, weight, [grad], lr=0.1, weight_decay=0.0)
+    run = walk(Muown, weight, [grad], lr=0.1, weight_decay=1.0, cautious=True)
+    shrinks = (plain.moves[0] * weight > 0).double()
+    assert 0 < int(shrinks.sum()) < 24
+    assert relative(run.weights[1], plain.weights[1] - 0.1 * shrinks * weight) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

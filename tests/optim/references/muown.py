@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tests.optim.references.common import (
@@ -25,20 +26,23 @@ class Muown(Reference):
     """Row by row, with u = W / g and v = u ||v||, where g = ||v|| = ||W|| (1e-12 at least) before the first step:
 
     dg = <G, u>,   dv = g / ||v|| (G - u dg)
-    M <- mu M + (1 - mu) dv,   v <- v - lr s orthogonalize(M)
-    g <- (1 - lr wd) g - lr Adam(dg),   W = g v / ||v||
+    M <- mu M + (1 - mu) dv,   v <- v - lr s orthogonalize(mu M + (1 - mu) dv)
+    g <- g - lr Adam(dg),      W <- g v / ||v|| - lr wd W
+    g <- ||W||, with the sign it had
     """
 
     defaults: ClassVar[dict[str, Any]] = {
-        "weight_decay": 0.1,
+        "weight_decay": 0.0,
         "momentum": 0.95,
+        "nesterov": True,
         "magnitude_betas": (0.9, 0.95),
         "eps": 1e-8,
         **ORTHO,
     }
     cases = (
         Case(),
-        Case({"momentum": 0.8, "magnitude_betas": (0.5, 0.9), "eps": 0.01, "lr_scale": "original"}),
+        Case({"weight_decay": 0.0}),
+        Case({"nesterov": False, "momentum": 0.8, "magnitude_betas": (0.5, 0.9), "eps": 0.01, "lr_scale": "original"}),
         Case({"method": "svd", "weight_decay": 1.0, "lr_scale": "spectral"}),
     )
 
@@ -55,9 +59,13 @@ class Muown(Reference):
         step = shape_scale(options, weight) * orthogonalize(momentum(grad_v, state, options), options)
         v = unit * norm[:, None] - lr * step
         state["direction_norm"] = v.norm(dim=1).clamp(min=FLOOR)
-        adam = self._adam(grad_g, state, t, options)
-        state["magnitude"] = decay(g, lr * options["weight_decay"], adam, options) - lr * adam
-        return (state["magnitude"] / state["direction_norm"])[:, None] * v
+        g = g - lr * self._adam(grad_g, state, t, options)
+        undecayed = (g / state["direction_norm"])[:, None] * v
+        new = undecayed - (weight - decay(weight, lr * options["weight_decay"], weight - undecayed, options))
+        # A row of length 0 keeps its magnitude of 1e-12; where nothing decays the length is g's to begin with.
+        decayed = new.norm(dim=1).clamp(min=FLOOR) * torch.where(g < 0, -1.0, 1.0)
+        state["magnitude"] = decayed if options["weight_decay"] else g
+        return new
 
     def _adam(self, grad: Tensor, state: dict[str, Tensor], t: int, options: dict[str, Any]) -> Tensor:
         beta1, beta2 = options["magnitude_betas"]

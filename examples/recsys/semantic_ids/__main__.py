@@ -24,7 +24,12 @@ from examples.recsys.semantic_ids.codes import SemanticIds
 from examples.recsys.semantic_ids.collisions import add_collision_digit, balance_last_level
 from examples.recsys.semantic_ids.features import ItemFeatures
 from examples.recsys.semantic_ids.kmeans import residual_kmeans
-from examples.recsys.semantic_ids.quality import QuantizationQuality, complaint, kmeans_explained
+from examples.recsys.semantic_ids.quality import (
+    SHARE_OF_KMEANS,
+    QuantizationQuality,
+    complaint,
+    kmeans_explained,
+)
 from examples.recsys.semantic_ids.quantization import Quantization
 from examples.recsys.semantic_ids.rqvae import RQVAE
 from lightning_muon import MuonCLI
@@ -102,11 +107,7 @@ class SemanticIdsCLI(MuonCLI):
 
     def before_fit(self) -> None:
         for callback in self.trainer.checkpoint_callbacks:
-            if (
-                isinstance(callback, ModelCheckpoint)
-                and callback.monitor == "val/collisions"
-                and callback.mode == "min"
-            ):
+            if isinstance(callback, ModelCheckpoint) and (callback.monitor, callback.mode) == ("val/collisions", "min"):
                 # By itself it would keep the first of several that are equal, which is trained least.
                 callback.monitor = "val/collisions_and_error"
                 rank_zero_info("Of checkpoints with equal val/collisions the one with the best val/explained is kept.")
@@ -119,18 +120,13 @@ class SemanticIdsCLI(MuonCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
         model = self.model.eval()
         features = self.datamodule.features().to(model.device)
-        yardstick = (
-            kmeans_explained(features, model.levels, model.codebook_size) if self.trainer.is_global_zero else 0.0
-        )
-        self._write(model.quantize(features), features, model.decode, yardstick)
+        self._write(model.quantize(features), features, model.decode)
 
     def after_kmeans(self) -> None:
         quantization = self.trainer.quantization
         self._write(quantization, quantization.vectors, quantization.sums)
 
-    def _write(
-        self, quantization: Quantization, features: Tensor, decode: Callable[[Tensor], Tensor], kmeans: float = 0.0
-    ) -> None:
+    def _write(self, quantization: Quantization, features: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
         if not self.trainer.is_global_zero:
             return
         file: CodesFile = self._get(self.config_init, "codes")
@@ -149,7 +145,9 @@ class SemanticIdsCLI(MuonCLI):
         if file.uniqueness == "digit":
             table.caption += f"; {int((unique[:, -1] > 0).sum())} have a digit above 0"
         rich.get_console().print(table)
-        _warn_of_poor_codes(file, *(report["explained"] for report in reports), kmeans)
+        before, after = (report["explained"] for report in reports)
+        if min(before, after) < SHARE_OF_KMEANS:  # else k-means can not explain twice as much
+            _warn_of_poor_codes(file, before, after, kmeans_explained(features, levels, size))
 
 
 def comparison(resolved: str, before: dict[str, float], after: dict[str, float]) -> Table:

@@ -180,7 +180,8 @@ class Interactions(SequenceDataModule):
         events = self._core(events, report)
         _remark_unsorted(events, report)
         numbered = number(events)
-        _remark_ties(numbered.sequences, report)
+        if ties := numbered.sequences.tie_remark():
+            report.append(ties)
         self._check_lengths(numbered)
         if self.title_file is not None:
             titles.read(self.title_file, {str(item) for item in numbered.items}, self.path, report)
@@ -304,12 +305,3 @@ def _remark_unsorted(events: list[Event], report: list[str]) -> None:
         latest[event.user] = event.time
     if unsorted:
         report.append(f"Rows are not in order of time for {len(unsorted)} of {len(latest)} users: sorted by time.")
-
-
-def _remark_ties(sequences: UserSequences, report: list[str]) -> None:
-    users, interactions = sequences.ties()
-    if users:
-        report.append(
-            f"{users} of {len(sequences)} users have rows at exactly the same time ({interactions} rows): these keep "
-            "the order of the file, and which item is held out depends on it."
-        )

@@ -78,6 +78,16 @@ class UserSequences:
         owners = torch.searchsorted(self.offsets, tied.nonzero().flatten(), right=True)
         return len(owners.unique()), len(owners)
 
+    def tie_remark(self) -> str | None:
+        """What :meth:`ties` found, as a sentence; None where there are none."""
+        users, interactions = self.ties()
+        if not users:
+            return None
+        return (
+            f"{users} of {len(self)} users have rows at exactly the same time ({interactions} rows): these keep the "
+            "order of the file, and which item is held out depends on it."
+        )
+
     @classmethod
     def from_lists(
         cls,

@@ -77,8 +77,8 @@ def test_of_checkpoints_with_equal_collisions_the_one_that_explains_most_is_kept
     options = ["--trainer.max_epochs=5", "--trainer.check_val_every_n_epoch=1", f"--trainer.callbacks=[{callback}]"]
     cli = main(["fit", *SYNTHETIC, *options])
     kept = sorted(Path(path).stem for path in cli.trainer.checkpoint_callback.best_k_models)
-    assert Path(cli.trainer.checkpoint_callback.best_model_path).stem == "epoch=2-step=6"
-    assert kept == ["epoch=2-step=6", "epoch=3-step=8"][:save_top_k]
+    assert Path(cli.trainer.checkpoint_callback.best_model_path).stem == "best-step=6"
+    assert kept == ["best-step=6", "best-step=8"][:save_top_k]
 
 
 def test_ties_are_broken_whatever_the_number_of_items():

@@ -6,8 +6,7 @@ import gzip
 
 import pytest
 
-from examples.recsys.data import Interactions
-from examples.recsys.data.interactions import TitleFile
+from examples.recsys.data import Interactions, TitleFile
 from examples.recsys.data.lines import read_lines
 
 HEADER = ("user", "item", "timestamp", "title")

@@ -168,19 +168,23 @@ class TestFile:
         with pytest.raises(FileNotFoundError, match=r"nowhere.csv.*semantic"):
             SemanticIds.read(tmp_path / "nowhere.csv", 2)
 
-    @pytest.mark.parametrize(
-        ("name", "content"),
-        [
-            ("codes.csv.gz", b"item,c1\n1,0\n2,1\n"),
-            ("codes.csv.gz", gzip.compress(b"item,c1\n1,0\n2,1\n")[:-9]),
-            ("codes.csv", gzip.compress(b"item,c1\n1,0\n2,1\n")),
-        ],
-        ids=["text", "cut", "gzip"],
-    )
-    def test_files_that_are_not_what_their_name_says_get_a_sentence(self, tmp_path, name, content):
+    @pytest.mark.parametrize("name", ["codes.csv", "codes.csv.gz"])
+    @pytest.mark.parametrize("content", [b"item,c1\n1,0\n2,1\n", gzip.compress(b"item,c1\n1,0\n2,1\n")])
+    def test_the_content_tells_whether_it_is_gzipped(self, tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}.*gzipped"):
-            SemanticIds.read(tmp_path / name, 2)
+        assert SemanticIds.read(tmp_path / name, 2).codes.tolist() == [[0], [1]]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (gzip.compress(b"item,c1\n1,0\n2,1\n")[:-9], "is a damaged gzip file"),
+            ("item,c1\n1,0\n2,1\n".encode("utf-16"), "is marked as UTF-16: save it as UTF-8"),
+        ],
+    )
+    def test_files_that_are_no_text_get_a_sentence(self, tmp_path, content, message):
+        (tmp_path / "codes.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"codes.csv {message}"):
+            SemanticIds.read(tmp_path / "codes.csv", 2)
 
 
 @pytest.mark.parametrize(

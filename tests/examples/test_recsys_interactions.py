@@ -65,14 +65,17 @@ class TestText:
         assert data.protocol.sequences.times.tolist() == [10, 20, 30, 15, 15, 16]
 
     def test_rows_out_of_order_are_sorted_with_a_warning(self, path):
-        with pytest.warns(UserWarning, match=r"log.csv is not in order of time for 1 of 2 users: sorted by time"):
+        with pytest.warns(UserWarning, match=r"(?s)log.csv:.*\n  Rows are not in order of time for 1 of 2 users: sor"):
             Interactions(str(path)).setup("fit")
 
-    def test_rows_in_order_raise_no_warning(self, tmp_path):
-        path = table(tmp_path / "log.csv", "user,item,timestamp", [("a", "x", 1), ("b", "x", 0), ("a", "y", 1)] * 3)
+    def test_a_file_that_leaves_nothing_to_decide_raises_no_warning(self, tmp_path):
+        rows = [(user, item, day) for day, item in enumerate("xyzx") for user in "ab"]
+        path = table(tmp_path / "log.csv", "user,item,timestamp", rows)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            Interactions(str(path)).setup("fit")
+            data = Interactions(str(path))
+            data.setup("fit")
+        assert data.report() == []
 
     def test_columns_delimiter_and_gzip(self, tmp_path):
         path = tmp_path / "log.tsv.gz"
@@ -127,12 +130,13 @@ class TestText:
             ("user,item,timestamp\na,x,1\na,x\n", "line 3 has no timestamp: drop such rows"),
             (
                 "user,item,timestamp\na,x,yesterday\n",
-                "line 2: timestamp must be a number or an ISO date, got 'yesterday'",
+                "line 2: timestamp must be a number or an ISO date, as 2024-05-31T12:30:00, got 'yesterday'",
             ),
             ("user,item,timestamp\na,x,nan\n", "line 2: timestamp must be a number or an ISO date, got 'nan'"),
             (
                 "user,item,timestamp\na,x,1717113600000\n",
-                "far from our time in seconds since 1970: give time_unit='ms'",
+                r"log.csv, column timestamp: 1717113600000 \(line 2\) is in the year 56383 in seconds; it looks like "
+                "milliseconds: set time_unit='ms'",
             ),
             (
                 ROWS + "bob,red pen,1\n",
@@ -251,3 +255,72 @@ def test_a_recommender_is_trained_on_a_file_from_the_command_line(tmp_path, monk
     assert cli.model.num_items == 12
     assert not cli.model.mask_history
     assert 0 < cli.test_metrics["test/unmasked/recall@10"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "sentence"),
+    [
+        (
+            "u,a,1717113600000\n",
+            [],
+            "log.csv, column timestamp: 1717113600000 (line 2) is in the year 56383 in seconds; ",
+        ),
+        ("u,a,noon\n", [], "log.csv, line 2: timestamp must be a number or an ISO date, as 2024-05-31T12:30:00, got "),
+        ('u,"a,1\n', [], "log.csv, line 2: a quote opens that does not close as in CSV"),
+        ("u,a,1\n", ["--data.path=none.csv"], "path='none.csv' does not exist (looked for "),
+        (
+            "u,a,1\n",
+            [r"--data.delimiter=\s+"],
+            r"delimiter='\\s+' is no text as it stands in the file, and patterns are",
+        ),
+        ("u,a,1\n", ["--data.title_file=titles.csv", "--data.split=time"], "log.csv: user 'u' has 1 interactions, but"),
+    ],
+)
+def test_the_command_line_tells_a_fault_in_a_sentence(tmp_path, monkeypatch, capsys, text, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["examples.recsys"])
+    (tmp_path / "log.csv").write_text("user,item,timestamp\n" + text)
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as error:
+        main(["fit", "--model=SASRec", "--data=Interactions", "--data.path=log.csv", *options])
+    told = " ".join(f"{error.value} {capsys.readouterr().err}".split())
+    assert sentence in told
+
+
+def test_a_file_without_header_and_its_titles_are_set_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["examples.recsys"])
+    rows = ["1::1193::5::978300760", "1::661::3::978302109", "1::914::3::978301968", "1::3::3::978301969"]
+    (tmp_path / "ratings.dat").write_text("\n".join(rows))
+    (tmp_path / "movies.dat").write_text("1193::Flå::x\n661::James::y\n914::Fair::z\n3::Old::z\n", encoding="latin-1")
+    cli = main(
+        [
+            "--model=SASRec",
+            "--data=Interactions",
+            "--data.path=ratings.dat",
+            "--data.delimiter=::",
+            "--data.columns=[user,item,rating,timestamp]",
+            "--data.title_file.path=movies.dat",
+            "--data.title_file.delimiter=::",
+            "--data.title_file.columns=[item,title,genres]",
+            "--data.title_file.encoding=latin-1",
+        ],
+        run=False,
+    )
+    assert cli.datamodule.item_titles() == ["Flå", "Fair", "Old", "James"]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_rows_that_repeat_are_counted(tmp_path, drop):
+    rows = [("a", "x", "1"), ("a", "x", "1.0"), ("a", "x", 2), ("a", "y", 3), ("a", "x", "1")]
+    path = table(tmp_path / "log.csv", "user,item,timestamp", rows)
+    with pytest.warns(UserWarning, match="2 of 5 rows repeat user, item and time of an earlier one"):
+        report = Interactions(str(path), drop_duplicates=drop).report()
+    done = "dropped." if drop else "kept (drop_duplicates=True keeps the first of each)."
+    assert f"2 of 5 rows repeat user, item and time of an earlier one: {done}" in report
+    assert sequences(quiet(path, drop_duplicates=drop)) == {"a": ["x", "x", "y"] if drop else ["x"] * 4 + ["y"]}
+
+
+def test_what_a_core_drops_is_counted(tmp_path):
+    rows = [(user, item, 1 + step) for user in "ab" for step, item in enumerate("xyz")] + [("c", "x", 1), ("d", "w", 2)]
+    path = table(tmp_path / "log.csv", "user,item,timestamp", rows)
+    assert quiet(path, k_core=2).report() == ["k_core=2 dropped 2 of 8 rows, with them 2 users and 1 items."]

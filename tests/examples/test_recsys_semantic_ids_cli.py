@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.recsys.semantic_ids.__main__ import CodesFile, main, shared_rows
+from examples.recsys.semantic_ids.__main__ import CodesFile, _warn_of_poor_codes, main, shared_rows
 from examples.recsys.semantic_ids.codes import SemanticIds
-from examples.recsys.semantic_ids.features import ItemFeatures
+from examples.recsys.semantic_ids.features import ItemFeatures, SyntheticFeatures
 from examples.recsys.semantic_ids.kmeans import residual_kmeans
+from examples.recsys.semantic_ids.quality import collisions_and_error, complaint, kmeans_explained
 from examples.recsys.semantic_ids.quantization import Quantization
 from examples.recsys.semantic_ids.rqvae import RQVAE
 
@@ -58,6 +59,39 @@ def test_fit_writes_the_codes_of_its_best_checkpoint_and_reports(precision, caps
     assert (written.levels, written.collisions()) == (4, 0)
 
 
+@pytest.mark.parametrize("monitor", ["val/collisions", "val/collisions_and_error"])
+@pytest.mark.parametrize("save_top_k", [1, 2])
+def test_of_checkpoints_with_equal_collisions_the_one_that_explains_most_is_kept(monitor, save_top_k, monkeypatch):
+    """The figures are told for five epochs, of which the third is the best."""
+    told = iter([(40, 0.02), (30, 0.1), (30, 0.24), (30, 0.2), (31, 0.9), (30, 0.24)])
+
+    def compute(self):
+        collisions, explained = next(told)
+        return {"collisions": torch.tensor(float(collisions)), "explained": torch.tensor(explained)}
+
+    monkeypatch.setattr("examples.recsys.semantic_ids.__main__.SemanticIdsCLI.after_fit", lambda self: None)
+    monkeypatch.setattr("examples.recsys.semantic_ids.quality.QuantizationQuality.compute", compute)
+    callback = (
+        f"{{class_path: ModelCheckpoint, init_args: {{monitor: {monitor}, mode: min, save_top_k: {save_top_k}}}}}"
+    )
+    options = ["--trainer.max_epochs=5", "--trainer.check_val_every_n_epoch=1", f"--trainer.callbacks=[{callback}]"]
+    cli = main(["fit", *SYNTHETIC, *options])
+    kept = sorted(Path(path).stem for path in cli.trainer.checkpoint_callback.best_k_models)
+    assert Path(cli.trainer.checkpoint_callback.best_model_path).stem == "best-step=6"
+    assert kept == ["best-step=6", "best-step=8"][:save_top_k]
+
+
+def test_ties_are_broken_whatever_the_number_of_items():
+    quality = [(30.0, 0.9), (30.0, 0.8999), (30.0, -5.0), (31.0, 0.99), (1e7, 0.9), (1e7, 0.8999), (1e7 + 1, 1.0)]
+    numbers = [
+        float(collisions_and_error({"collisions": torch.tensor(count), "explained": torch.tensor(share)}))
+        for count, share in quality
+    ]
+    assert numbers == sorted(numbers)
+    assert len(set(numbers)) == len(numbers)
+    assert [int(number) for number in numbers] == [int(count) for count, _ in quality]
+
+
 def test_without_a_checkpoint_the_last_weights_count():
     options = ["--trainer.callbacks=null", "--trainer.enable_checkpointing=false", "--trainer.logger=false"]
     cli = main(
@@ -78,6 +112,54 @@ def test_kmeans_trains_nothing_and_writes_codes(capsys):
 def test_size_of_the_features_comes_from_the_data():
     cli = main(["partition", *SYNTHETIC, "--data.num_clusters=6"])
     assert cli.model.encoder[0].in_features == cli.datamodule.num_features == 3
+
+
+class TestPoorCodes:
+    def test_codes_of_weights_that_were_hardly_trained_are_named(self):
+        options = ["--trainer.max_epochs=1", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
+        rates = ["--model.matrix_optimizer.lr=1e-6", "--model.other_optimizer.lr=1e-6"]
+        with pytest.warns(UserWarning, match=r"The codes in a.csv explain .*less than half of the 9\d.\d% that RQ-k-m"):
+            main(["fit", *SYNTHETIC, *options, *rates, "--trainer.logger=false", "--codes.path=a.csv"])
+
+    def test_codes_of_kmeans_that_say_next_to_nothing_are_named(self):
+        torch.manual_seed(0)
+        torch.save(torch.randn(2000, 64), "noise.pt")
+        data = ["--data=examples.recsys.semantic_ids.EmbeddingFile", "--data.path=noise.pt", "--codes.path=a.csv"]
+        size = ["--model.levels=2", "--model.codebook_size=2", "--trainer.logger=false"]
+        with pytest.warns(UserWarning, match=r"The codes in a.csv explain .*, so that they say next to nothing of an"):
+            main(["kmeans", *data, *size])
+
+    def test_codes_as_good_as_those_of_kmeans_are_not(self, recwarn):
+        main(["kmeans", *SYNTHETIC, "--codes.path=km.csv"])
+        assert not [warning for warning in recwarn if "The codes in" in str(warning.message)]
+
+    @pytest.mark.parametrize(
+        ("explained", "kmeans", "expected"),
+        [
+            (0.87, 0.97, None),
+            (0.50, 0.97, None),
+            (0.48, 0.97, "explain 48.0% of the variance of the features, less than half of the 97.0%"),
+            (0.02, 0.99, "less than half of the 99.0%"),
+            (-0.3, 0.2, "explain -30.0%"),
+            (0.2, 0.3, None),
+            (0.09, 0.1, "so that they say next to nothing of an item"),
+        ],
+    )
+    def test_the_yardstick_is_half_of_kmeans_and_a_tenth_at_least(self, explained, kmeans, expected):
+        said = complaint(explained, kmeans)
+        assert said is None if expected is None else expected in said
+
+    def test_it_is_told_where_uniqueness_made_them_poor(self):
+        with pytest.warns(UserWarning, match=r"Before codes.uniqueness=sinkhorn moved items to other codes they expla"):
+            _warn_of_poor_codes(CodesFile("a.csv", "sinkhorn"), 0.9, 0.2, 0.95)
+
+    def test_the_yardstick_is_close_to_kmeans_of_all_items(self):
+        features = SyntheticFeatures(50, 10).features()
+        codes, codebooks = residual_kmeans(features, 3, 8)
+        left = features - Quantization(features, codes, codebooks).sums()
+        explained = 1 - float(left.square().sum() / features.square().sum())
+        assert kmeans_explained(features, 3, 8) == pytest.approx(explained, abs=0.05)
+        assert kmeans_explained(features, 3, 8, max_items=100) == pytest.approx(explained, abs=0.1)
 
 
 class TestUniqueness:

@@ -113,9 +113,9 @@ class TestAttributeFeatures:
         [
             ({}, {}, r'must hold {"item": \[attribute, ...\]}, got \'{}\''),
             ([1, 2], {}, r"must hold .* got '\[1, 2\]'"),
-            ({"B00": [1]}, {}, "expected an item number and a list of attributes, got 'B00'"),
-            ({"1": 5}, {}, "got '1': 5"),
-            ({"1": [[5]]}, {}, "a list of attributes, got '1'"),
+            ({"B00": [1]}, {}, "calls items by name, as 'B00': give the data module that knows the names as source"),
+            ({"1": 5}, {}, "expected a list of attributes for item '1', got 5"),
+            ({"1": [[5]]}, {}, r"expected a list of attributes for item '1', got \[\[5\]\]"),
             ({"0": [5]}, {}, "has item 0, which is outside of the catalogue"),
             ({"1": [5], "9": [6]}, {"num_items": 8}, r"has item 9, which is outside of the catalogue 1..8"),
             (
@@ -130,14 +130,62 @@ class TestAttributeFeatures:
         with pytest.raises(ValueError, match=message):
             data.features()
 
-    def test_a_file_that_is_not_gzipped_gets_a_sentence(self, tmp_path):
-        (tmp_path / "a.json").write_text('{"1": [2]}')
-        with pytest.raises(ValueError, match=r"a.json is not gzipped JSON"):
+    def test_a_file_need_not_be_gzipped(self, tmp_path):
+        (tmp_path / "a.json").write_text('{"1": [2], "2": [3]}')
+        assert AttributeFeatures(str(tmp_path / "a.json")).load_features().tolist() == [[1, 0], [0, 1]]
+
+    def test_a_file_that_is_not_json_gets_a_sentence(self, tmp_path):
+        (tmp_path / "a.json").write_text("1: 2")
+        with pytest.raises(ValueError, match=r"a.json is not JSON"):
             AttributeFeatures(str(tmp_path / "a.json")).features()
 
     def test_a_missing_file_gets_a_sentence(self):
         with pytest.raises(FileNotFoundError, match=r"path='nowhere.gz' does not exist"):
             AttributeFeatures("nowhere.gz").features()
+
+
+class TestAttributesByName:
+    """Items of a data module go by their names there, which may be numbers that count otherwise."""
+
+    @pytest.fixture(params=[("pen", "ink", "nib"), ("17", "4", "1"), (17, 4, 1)], ids=["words", "digits", "numbers"])
+    def source(self, request, tmp_path) -> Interactions:
+        names = request.param
+        if isinstance(names[0], int):
+            pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            path = tmp_path / "log.parquet"
+            pq.write_table(pa.table({"user": [1, 1, 1], "item": names, "timestamp": [1, 2, 3]}), path)
+        else:
+            path = tmp_path / "log.csv"
+            rows = [f"a,{name},{time}" for time, name in enumerate(names)]
+            path.write_text("\n".join(["user,item,timestamp", *rows]))
+        return Interactions(str(path))
+
+    def test_rows_are_in_the_order_of_the_data_module(self, source, tmp_path):
+        first, second, third = source.item_names()
+        path = attributes_file(tmp_path / "a.gz", {third: ["red"], first: ["blue", "red"], second: []})
+        data = AttributeFeatures(path, source=source)
+        with pytest.warns(UserWarning, match="1 of 3 items have no attributes"):
+            assert data.load_features().tolist() == [[1, 1], [0, 0], [0, 1]]
+        assert (data.num_items, data.num_features) == (3, 2)
+
+    def test_items_that_one_of_both_lacks_are_counted(self, source, tmp_path, recwarn):
+        first, second, _ = source.item_names()
+        path = attributes_file(tmp_path / "a.gz", {"other": ["green"], first: ["blue"], second: ["red"]})
+        assert AttributeFeatures(path, source=source).load_features().tolist() == [[1, 0], [0, 1], [0, 0]]
+        messages = [str(warning.message) for warning in recwarn]
+        assert any(
+            "1 of 3 items in" in message and "are not among those of Interactions" in message for message in messages
+        )
+        assert any("1 of 3 items have no attributes" in message for message in messages)
+
+    def test_a_file_of_other_items_gets_a_sentence(self, source, tmp_path):
+        path = attributes_file(tmp_path / "a.gz", {"other": ["green"]})
+        with pytest.raises(ValueError, match=r"none of the items of Interactions: it calls them as 'other'"):
+            AttributeFeatures(path, source=source).features()
+
+    def test_a_size_beside_the_data_module_is_refused(self, source):
+        with pytest.raises(ValueError, match=r"num_items=3 is given beside source, which knows its size: leave it out"):
+            AttributeFeatures("a.gz", num_items=3, source=source)
 
 
 class TestEmbeddingFile:

@@ -65,6 +65,15 @@ class TestTimes:
         protocol = LeaveOneOut(UserSequences.from_lists(ITEMS, 8))
         assert "times" not in protocol.train()[0].keys() | protocol.validation()[0].keys()
 
+    def test_users_with_interactions_at_the_same_time_are_counted(self):
+        """Not those whose first is at the time of the last of the user before."""
+        times = [[1, 2, 3], [3, 3, 4], [4, 5, 5], [5, 5, 5, 6, 6]]
+        items = [[1] * len(clock) for clock in times]
+        assert UserSequences.from_lists(items, 1, times).ties() == (3, 9)
+        assert UserSequences.from_lists(items[:1], 1, times[:1]).tie_remark() is None
+        ranks = [[0, 1, 2], [3, 4, 5], [6, 7, 7], [7, 8, 9, 10, 11]]
+        assert UserSequences.from_lists(items, 1, times, ranks).tie_remark().startswith("1 of 4 users have rows at")
+
     def test_times_that_fall_within_a_user_get_a_sentence(self):
         with pytest.raises(ValueError, match="User 2 has the time 9 before 8: sort the interactions of each user by"):
             UserSequences.from_lists([[1, 2], [3, 4, 5]], 5, [[5, 6], [9, 8, 8]])

@@ -2,7 +2,7 @@
 
 from examples.recsys.data.amazon2014 import AmazonReviews2014
 from examples.recsys.data.amazon2018 import AmazonReviews2018
-from examples.recsys.data.interactions import Interactions
+from examples.recsys.data.interactions import Interactions, TitleFile
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.movielens import MovieLens1M
 from examples.recsys.data.protocol import EvaluationProtocol, LeaveOneOut, TimeSplit
@@ -20,5 +20,6 @@ __all__ = [
     "SequenceDataModule",
     "SyntheticSequences",
     "TimeSplit",
+    "TitleFile",
     "UserSequences",
 ]

@@ -4,7 +4,6 @@ The corpus is given for research use; cite McAuley et al. 2015, "Image-based rec
 """
 
 import ast
-import gzip
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from examples.recsys.data.download import cache_folder, download_gzip
 from examples.recsys.data.events import Event, Numbered, number
+from examples.recsys.data.lines import read_lines
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.sequences import UserSequences
 from examples.recsys.data.text import plain_text
@@ -186,14 +186,13 @@ def iterate_reviews(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: as :func:`read_reviews`.
     """
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            review = _parse(line)
-            if not isinstance(review, dict) or not {"reviewerID", "asin", "unixReviewTime"} <= review.keys():
-                raise ValueError(
-                    f"{path}, line {line_number}: not a review with reviewerID, asin and unixReviewTime: {line[:60]!r}."
-                )
-            yield review
+    for line_number, line in enumerate(read_lines(path), start=1):
+        review = _parse(line)
+        if not isinstance(review, dict) or not {"reviewerID", "asin", "unixReviewTime"} <= review.keys():
+            raise ValueError(
+                f"{path}, line {line_number}: not a review with reviewerID, asin and unixReviewTime: {line[:60]!r}."
+            )
+        yield review
 
 
 def read_titles(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[str, str]:
@@ -207,16 +206,15 @@ def read_titles(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[s
         ValueError: naming the line, if it has no ``asin`` or is no dict.
     """
     titles = {}
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            match = _ASIN.search(line)
-            if match and match[1] not in wanted:
-                continue
-            entry = _parse(line)
-            if not isinstance(entry, dict) or "asin" not in entry:
-                raise ValueError(f"{path}, line {line_number}: not metadata with an asin: {line[:60]!r}.")
-            if title := plain_text(entry.get("title") or ""):
-                titles[entry["asin"]] = title
+    for line_number, line in enumerate(read_lines(path), start=1):
+        match = _ASIN.search(line)
+        if match and match[1] not in wanted:
+            continue
+        entry = _parse(line)
+        if not isinstance(entry, dict) or "asin" not in entry:
+            raise ValueError(f"{path}, line {line_number}: not metadata with an asin: {line[:60]!r}.")
+        if title := plain_text(entry.get("title") or ""):
+            titles[entry["asin"]] = title
     return titles
 
 

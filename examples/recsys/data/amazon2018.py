@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from examples.recsys.data import prepared
@@ -156,6 +156,8 @@ class AmazonReviews2018(SequenceDataModule):
         if self.category not in WINDOWS:
             return UserSequences.read(self.path, self.num_items)
         sequences, self.users, self.labels = prepared.read_interactions(self.path, self.num_items)
+        if ties := sequences.tie_remark():
+            rank_zero_info(f"{self.path}: {ties}")
         return sequences
 
     def make_protocol(self, sequences: UserSequences) -> EvaluationProtocol:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from examples.recsys.data.amazon2014 import iterate_reviews
 from examples.recsys.data.events import Event, k_core, number
+from examples.recsys.data.lines import read_lines
 from examples.recsys.data.sequences import UserSequences
 
 CORE = 5
@@ -78,15 +78,14 @@ def read_metadata(path: str | os.PathLike[str], wanted: Collection[str]) -> dict
 
 
 def _entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                entry = None
-            if not isinstance(entry, dict) or "asin" not in entry:
-                raise ValueError(f"{path}, line {line_number}: not metadata with an asin: {line[:60]!r}.")
-            yield entry
+    for line_number, line in enumerate(read_lines(path), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+        if not isinstance(entry, dict) or "asin" not in entry:
+            raise ValueError(f"{path}, line {line_number}: not metadata with an asin: {line[:60]!r}.")
+        yield entry
 
 
 def _title(entry: dict[str, Any]) -> str | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from examples.recsys.data.sequences import UserSequences
+from examples.recsys.data.times import Time
 
 
 class Event(NamedTuple):
-    """One interaction; ``time`` in Unix seconds."""
+    """One interaction; ``time`` in Unix seconds, with a fraction where the source has one."""
 
     user: Hashable
     item: Hashable
-    time: int
+    time: Time
 
 
 class Numbered(NamedTuple):
@@ -39,8 +41,9 @@ def k_core(events: list[Event], k: int) -> list[Event]:
 def number(events: Iterable[Event]) -> Numbered:
     """Group events by user, oldest first, and number users and items from 1 in order of appearance.
 
-    Users appear in the order of the events, items in the order of the sequences. Events of a user at the same time keep
-    the order that they come in.
+    Users appear in the order of the events, items in the order of the sequences. Events of a user at exactly the same
+    time keep the order that they come in. The sequences have whole seconds as times, rounded down, and ranks where that
+    loses a fraction.
 
     Raises:
         ValueError: if there is no event.
@@ -53,5 +56,10 @@ def number(events: Iterable[Event]) -> Numbered:
     numbers: dict[Hashable, int] = {}
     items = [[numbers.setdefault(event.item, len(numbers) + 1) for event in history] for history in histories.values()]
     times = [[event.time for event in history] for history in histories.values()]
-    sequences = UserSequences.from_lists(items, num_items=len(numbers), times=times)
+    seconds = [[math.floor(time) for time in clock] for clock in times]
+    ranks = None
+    if seconds != times:
+        rank = {time: rank for rank, time in enumerate(sorted({time for clock in times for time in clock}))}
+        ranks = [[rank[time] for time in clock] for clock in times]
+    sequences = UserSequences.from_lists(items, num_items=len(numbers), times=seconds, ranks=ranks)
     return Numbered(sequences, list(histories), list(numbers))

@@ -1,13 +1,11 @@
-"""A user's own interactions, from a CSV or Parquet file."""
+"""A user's own interactions, from a text or Parquet file."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import math
-from collections.abc import Hashable, Iterator
-from datetime import UTC, date, datetime
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,41 +16,68 @@ from examples.recsys.data.events import Event, Numbered, k_core, number
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.protocol import EvaluationProtocol, LeaveOneOut, TimeSplit
 from examples.recsys.data.sequences import UserSequences
+from examples.recsys.data.tables import Table, TextFormat
+from examples.recsys.data.times import UNITS, Clock, Time, TimeUnit
 
 PROTOCOLS: dict[str, type[LeaveOneOut] | type[TimeSplit]] = {"leave_one_out": LeaveOneOut, "time": TimeSplit}
 
-LATEST = 1 << 33
-"""Unix seconds in the year 2242: what lies beyond is no count of seconds."""
+
+@dataclass
+class TitleFile(TextFormat):
+    """A file that tells the titles of items, one a row; a Parquet file, or text.
+
+    Args:
+        path: of the file.
+        item_column: name of the column that calls the items what the interactions call them.
+        title_column: name of the column of titles.
+        delimiter: as in :class:`TextFormat`.
+        columns: as there.
+        encoding: as there.
+        quoted: as there.
+    """
+
+    path: str
+    item_column: str = "item"
+    title_column: str = "title"
 
 
 class Interactions(SequenceDataModule):
-    """Rows of user, item and time from a file, in any order.
+    r"""Rows of user, item and time from a file, in any order.
 
     Users and items may be called anything. They are numbered from 1 in order of appearance, users in the file and items
     in the sequences; ``user_ids[n - 1]`` and ``item_ids[n - 1]`` tell what number ``n`` stands for. The same file gives
-    the same numbers, and another one gives others.
+    the same numbers, and another one gives others: one more row may renumber all items after it.
 
-    The rows of a user are sorted by time, with a warning where they were not; rows at the same time keep the order of
-    the file. Rows that repeat are kept.
+    The rows of a user are sorted by time, with every digit that the file has. Rows at exactly the same time keep the
+    order of the file, and rows that repeat are kept. :meth:`report`, and a warning when the file is read, say how
+    often that was so, and whatever else was decided.
 
     Args:
-        path: a ``.parquet`` file (needs pyarrow), or else text with a header line; gzipped if it ends in ``.gz``.
-        user_column: name of the column of users.
+        path: a ``.parquet`` file (needs pyarrow), or else text with a header line; gzipped or not.
+        user_column: name of the column of users. RecBole's ``user_id:token`` is ``user_id``, and so for the others.
         item_column: name of the column of items.
         time_column: name of the column of times: numbers, or dates as ``2024-05-31`` or ``2024-05-31T12:00:00+02:00``
             (UTC where they do not say).
         title_column: name of the column of titles, if there is one: of several for one item the first counts, and an
             item without one goes by what it is called.
-        time_unit: unit of times that are numbers: seconds or milliseconds since 1970.
-        delimiter: what separates the columns of a text file.
+        time_unit: unit of times that are numbers: seconds, milliseconds, microseconds or nanoseconds since 1970;
+            ``"date"`` if their digits are a date, as 20240531 or 20240531123000.
+        delimiter: what separates the columns of a text file, one character or several; tab may be written ``\t``.
         split: ``"leave_one_out"``: the last items of each user are held out. ``"time"``: the latest interactions.
         k_core: drop users and items with fewer interactions, again and again until none is left; 1 keeps all.
         mask_history: whether validation leaves the items of the history out of the ranking; None does so for
             ``split="leave_one_out"`` only.
+        columns: names of all columns in order, for a text file without a header.
+        encoding: what a text file was written in: ``utf-8``, ``latin-1``, ``utf-16``, ...
+        quoted: whether values of a text file may be in double quotes, as in CSV. None: yes, but a quote that holds what
+            looks like rows is refused; with tabs, and several characters that delimit, quotes are plain characters.
+        title_file: a file of its own for the titles, in place of ``title_column``; a string is the path of one with the
+            columns ``item`` and ``title``.
+        drop_duplicates: whether of rows with the same user, item and time only the first is kept.
         **kwargs: of :class:`SequenceDataModule`.
 
     Raises:
-        ValueError: if ``split``, ``time_unit`` or ``k_core`` is not one of the above.
+        ValueError: if an argument is not one of the above.
     """
 
     def __init__(
@@ -62,27 +87,36 @@ class Interactions(SequenceDataModule):
         item_column: str = "item",
         time_column: str = "timestamp",
         title_column: str | None = None,
-        time_unit: Literal["s", "ms"] = "s",
+        time_unit: TimeUnit = "s",
         delimiter: str = ",",
         split: Literal["leave_one_out", "time"] = "leave_one_out",
         k_core: int = 1,
         mask_history: bool | None = None,
+        columns: Sequence[str] | None = None,
+        encoding: str = "utf-8",
+        quoted: bool | None = None,
+        title_file: str | TitleFile | None = None,
+        drop_duplicates: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(mask_history=split == "leave_one_out" if mask_history is None else mask_history, **kwargs)
         if split not in PROTOCOLS:
             raise ValueError(f"split must be one of {', '.join(map(repr, PROTOCOLS))}, got {split!r}.")
-        if time_unit not in ("s", "ms"):
-            raise ValueError(f"time_unit must be 's' or 'ms', got {time_unit!r}.")
+        if time_unit not in UNITS:
+            raise ValueError(f"time_unit must be one of {', '.join(map(repr, UNITS))}, got {time_unit!r}.")
         if k_core < 1:
             raise ValueError(f"k_core must be 1 or more, got {k_core}.")
+        if title_column is not None and title_file is not None:
+            raise ValueError(f"Titles come from title_column={title_column!r} or from a title_file: give one of them.")
         self.path = Path(path).expanduser()
-        self.columns = (user_column, item_column, time_column)
+        self.columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
         self.title_column = title_column
-        self.time_unit = time_unit
-        self.delimiter = delimiter
+        self.title_file = TitleFile(title_file) if isinstance(title_file, str) else title_file
+        self.time_unit: TimeUnit = time_unit
+        self.format = TextFormat(delimiter=delimiter, columns=columns, encoding=encoding, quoted=quoted)
         self.split = split
         self.k_core = k_core
+        self.drop_duplicates = drop_duplicates
 
     @property
     def num_items(self) -> int:
@@ -104,8 +138,8 @@ class Interactions(SequenceDataModule):
         return [str(item) for item in self.item_ids]
 
     def item_titles(self) -> list[str]:
-        """The titles of items 1, 2, ... in the file, or what they are called there."""
-        return [self._log.titles.get(item, str(item)) for item in self.item_ids]
+        """The titles of items 1, 2, ..., or what they are called in the file."""
+        return [self._log.titles.get(name, name) for name in self.item_names()]
 
     def user_names(self) -> list[str]:
         """The names of users 0, 1, ... in the file."""
@@ -114,6 +148,10 @@ class Interactions(SequenceDataModule):
     def item_fingerprint(self) -> str:
         """A hash of the names of the items in their order, which other rows may change."""
         return hashlib.sha256("\n".join(map(repr, self.item_ids)).encode()).hexdigest()
+
+    def report(self) -> list[str]:
+        """What was decided in reading the file, a sentence each."""
+        return self._log.report
 
     def load_sequences(self) -> UserSequences:
         return self._log.numbered.sequences
@@ -128,14 +166,70 @@ class Interactions(SequenceDataModule):
         Raises:
             FileNotFoundError: if it is not there.
             ImportError: if it is Parquet and pyarrow is not installed.
-            ValueError: if it lacks a column, a row is not as described, or a user has too few interactions to split.
+            ValueError: if it lacks a column, a row is not as described, times are in another unit, or a user has too
+                few interactions to split.
         """
-        events, titles = self._events()
-        events = k_core(events, self.k_core)
-        if not events:
-            raise ValueError(f"{self.path} has no interactions" + (f" in its {self.k_core}-core." * (self.k_core > 1)))
-        _warn_if_unsorted(self.path, events)
+        columns = self.columns if self.title_column is None else {**self.columns, "title_column": self.title_column}
+        table, clock = Table(self.path, columns, self.format), Clock(self.time_unit)
+        titles = _Titles()
+        events = list(self._events(table, clock, titles))
+        if fault := clock.fault():
+            raise ValueError(f"{self.path}, column {self.columns['time_column']}: {fault}")
+        report = [*table.remarks(), *clock.remarks(len(events))]
+        events = self._without_duplicates(events, report)
+        events = self._core(events, report)
+        _remark_unsorted(events, report)
         numbered = number(events)
+        if ties := numbered.sequences.tie_remark():
+            report.append(ties)
+        self._check_lengths(numbered)
+        if self.title_file is not None:
+            titles.read(self.title_file, {str(item) for item in numbered.items}, self.path, report)
+        elif self.title_column is not None:
+            titles.remark({str(item) for item in numbered.items}, self.path, report)
+        if report:
+            rank_zero_warn("\n  ".join([f"What was decided in reading {self.path}:", *report]))
+        return _Log(numbered, titles, report)
+
+    def _events(self, table: Table, clock: Clock, titles: _Titles) -> Iterator[Event]:
+        """All rows in the order of the file."""
+        for where, user, item, time, *title in table:
+            for name, value in zip(self.columns.values(), (user, item, time), strict=True):
+                if value is None or value == "" or value != value:
+                    raise ValueError(f"{self.path}, {where} has no {name}: drop such rows.")
+            try:
+                seconds = clock.read(time, where)
+            except ValueError as error:
+                header = where == "line 1" and "; leave columns out if the first line is a header"
+                raise ValueError(
+                    f"{self.path}, {where}: {self.columns['time_column']} {error}{header or ''}."
+                ) from None
+            if title:
+                titles.add(item, title[0])
+            yield Event(user, item, seconds)
+
+    def _without_duplicates(self, events: list[Event], report: list[str]) -> list[Event]:
+        unique = list(dict.fromkeys(events))
+        repeats = len(events) - len(unique)
+        if not repeats:
+            return events
+        done = "dropped" if self.drop_duplicates else "kept (drop_duplicates=True keeps the first of each)"
+        report.append(f"{repeats} of {len(events)} rows repeat user, item and time of an earlier one: {done}.")
+        return unique if self.drop_duplicates else events
+
+    def _core(self, events: list[Event], report: list[str]) -> list[Event]:
+        core = k_core(events, self.k_core)
+        if not core:
+            raise ValueError(f"{self.path} has no interactions" + (f" in its {self.k_core}-core." * (self.k_core > 1)))
+        if len(core) < len(events):
+            users, items = (len({row[column] for row in events} - {row[column] for row in core}) for column in (0, 1))
+            report.append(
+                f"k_core={self.k_core} dropped {len(events) - len(core)} of {len(events)} rows, with them {users} "
+                f"users and {items} items."
+            )
+        return core
+
+    def _check_lengths(self, numbered: Numbered) -> None:
         lengths = numbered.sequences.offsets.diff()
         least = PROTOCOLS[self.split].shortest
         short = (lengths < least).nonzero().flatten().tolist()
@@ -145,103 +239,69 @@ class Interactions(SequenceDataModule):
                 f"split={self.split!r} needs {least} ({len(short)} of {len(lengths)} users have fewer): drop such "
                 f"users, or set k_core={least} or more."
             )
-        return _Log(numbered, titles)
-
-    def _events(self) -> tuple[list[Event], dict[Hashable, str]]:
-        """All rows in the order of the file, and the titles of the items that have one."""
-        if not self.path.exists():
-            raise FileNotFoundError(f"path={str(self.path)!r} does not exist (looked for {self.path.absolute()}).")
-        columns = self.columns if self.title_column is None else (*self.columns, self.title_column)
-        parquet = self.path.suffix == ".parquet"
-        rows = _parquet_rows(self.path, columns) if parquet else _text_rows(self.path, columns, self.delimiter)
-        divisor = {"s": 1, "ms": 1000}[self.time_unit]
-        events: list[Event] = []
-        titles: dict[Hashable, str] = {}
-        for where, user, item, time, *title in rows:
-            for name, value in zip(self.columns, (user, item, time), strict=True):
-                if value is None or value == "":
-                    raise ValueError(f"{self.path}, {where} has no {name}: drop such rows.")
-            try:
-                seconds = _seconds(time, divisor)
-            except (TypeError, ValueError, OverflowError):
-                raise ValueError(
-                    f"{self.path}, {where}: {self.columns[2]} must be a number or an ISO date, got {time!r}."
-                ) from None
-            if abs(seconds) > LATEST:
-                raise ValueError(
-                    f"{self.path}, {where}: {self.columns[2]} {time!r} is far from our time in seconds since 1970: "
-                    "give time_unit='ms' if it counts milliseconds."
-                )
-            events.append(Event(user, item, seconds))
-            if title and title[0] not in (None, ""):
-                titles.setdefault(item, str(title[0]))
-        return events, titles
 
 
 class _Log(NamedTuple):
-    """What a file holds; ``titles`` by what items are called in it."""
+    """What a file holds, and what was decided in reading it."""
 
     numbered: Numbered
-    titles: dict[Hashable, str]
+    titles: _Titles
+    report: list[str]
 
 
-def _text_rows(path: Path, columns: tuple[str, ...], delimiter: str) -> Iterator[tuple[Any, ...]]:
-    """Where each row stands, and its values in the columns."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        _check_columns(path, columns, list(rows.fieldnames or []))
-        for row in rows:
-            yield f"line {rows.line_num}", *(row[name] for name in columns)
+class _Titles(dict[str, str]):
+    """Titles by what items are called; of several for one item the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ambiguous: set[str] = set()
+
+    def add(self, item: Any, title: Any) -> None:
+        """Keep a title that says something."""
+        if title in (None, "") or title != title:
+            return
+        if self.setdefault(str(item), str(title)) != str(title):
+            self._ambiguous.add(str(item))
+
+    def read(self, file: TitleFile, items: set[str], log: Path, report: list[str]) -> None:
+        """Add what a file has for items.
+
+        Raises:
+            ValueError: if it has a title for none of them.
+        """
+        path = Path(file.path).expanduser()
+        format = TextFormat(**{field.name: getattr(file, field.name) for field in fields(TextFormat)})
+        columns = {"item_column": file.item_column, "title_column": file.title_column}
+        table = Table(path, columns, format)
+        found: Counter[str] = Counter()
+        for _, item, title in table:
+            found[str(item)] += 1
+            if str(item) in items:
+                self.add(item, title)
+        if items.isdisjoint(found):
+            raise ValueError(
+                f"{path} has titles of none of the items of {log}: it calls them as {next(iter(found), None)!r} in its "
+                f"column {file.item_column}, {log.name} as {min(items)!r}."
+            )
+        report += (f"{path.name}: {remark}" for remark in table.remarks())
+        self.remark(items, path, report)
+
+    def remark(self, items: set[str], path: Path, report: list[str]) -> None:
+        """What was decided about the titles of items."""
+        if untitled := len(items - self.keys()):
+            report.append(
+                f"{untitled} of {len(items)} items have no title in {path.name}: they go by what they are called."
+            )
+        if ambiguous := len(self._ambiguous & items):
+            report.append(f"{ambiguous} items have several titles in {path.name}: the first counts.")
 
 
-def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(f"{path} needs pyarrow: pip install pyarrow, or convert the file to CSV.") from None
-    file = pq.ParquetFile(path)
-    _check_columns(path, columns, file.schema_arrow.names)
-    row = 0
-    for batch in file.iter_batches(columns=list(columns)):
-        users, items, times, *titles = (batch.column(name) for name in columns)
-        if pa.types.is_timestamp(times.type):
-            # Python's datetime has no nanoseconds.
-            times = times.cast(pa.timestamp("us", times.type.tz), safe=False)
-        for values in zip(*(column.to_pylist() for column in (users, items, times, *titles)), strict=True):
-            row += 1
-            yield f"row {row}", *values
-
-
-def _check_columns(path: Path, columns: tuple[str, ...], found: list[str]) -> None:
-    missing = [name for name in columns if name not in found]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)}, only {', '.join(found) or 'none at all'}: name yours by "
-            "user_column, item_column, time_column and title_column."
-        )
-
-
-def _seconds(time: Any, divisor: int) -> int:
-    """Unix seconds, rounded down, of a number, a date, or the text of either."""
-    if isinstance(time, date):
-        time = time.isoformat()
-    if isinstance(time, str):
-        try:
-            time = float(time)
-        except ValueError:
-            moment = datetime.fromisoformat(time)
-            return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
-    return math.floor(time / divisor)
-
-
-def _warn_if_unsorted(path: Path, events: list[Event]) -> None:
-    latest: dict[Hashable, int] = {}
+def _remark_unsorted(events: list[Event], report: list[str]) -> None:
+    latest: dict[Hashable, Time] = {}
     unsorted = set()
     for event in events:
         if event.time < latest.setdefault(event.user, event.time):
             unsorted.add(event.user)
         latest[event.user] = event.time
     if unsorted:
-        rank_zero_warn(f"{path} is not in order of time for {len(unsorted)} of {len(latest)} users: sorted by time.")
+        report.append(f"Rows are not in order of time for {len(unsorted)} of {len(latest)} users: sorted by time.")

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from examples.recsys.data.download import cache_folder, download_md5
 from examples.recsys.data.events import Event, Numbered, number
 from examples.recsys.data.module import SequenceDataModule
@@ -122,6 +124,8 @@ class MovieLens1M(SequenceDataModule):
                 f"{path} has {found[0]} users, {found[1]} rated movies and {found[2]} ratings, but MovieLens-1M has "
                 f"{USERS}, {ITEMS} and {RATINGS}: the file is cut short or of another set."
             )
+        if ties := ratings.sequences.tie_remark():
+            rank_zero_info(f"{path}: {ties}")
         return ratings
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from examples.recsys.data.lines import read_lines
 from examples.recsys.data.protocol import TEST, TRAIN, VALIDATION
 from examples.recsys.data.sequences import UserSequences
 
@@ -42,35 +43,33 @@ def read_interactions(path: Path, num_items: int) -> PreparedInteractions:
     times: list[list[int]] = []
     labels: list[int] = []
     users: dict[str, int] = {}
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        missing = [name for name in COLUMNS if name not in columns]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}, only {', '.join(columns) or 'none at all'}.")
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            try:
-                item, time = int(row["item"]), int(row["timestamp"])
-                label = LABELS[row["split"]] if "split" in columns else TRAIN
-            except (TypeError, ValueError, KeyError):
-                raise ValueError(
-                    f"{where}: expected whole numbers for item and timestamp, and one of {', '.join(LABELS)} for a "
-                    f"split, got {row}."
-                ) from None
-            if not 0 <= item < num_items:
-                raise ValueError(
-                    f"{where}: item {item} is outside of 0..{num_items - 1}: the file is damaged or of another "
-                    "category."
-                )
-            if users.setdefault(row["user"], len(users)) != len(users) - 1:
-                raise ValueError(f"{where}: user {row['user']} was left before: sort the rows by user, then time.")
-            if len(sequences) < len(users):
-                sequences.append([])
-                times.append([])
-            sequences[-1].append(item + 1)
-            times[-1].append(time)
-            labels.append(label)
+    rows = csv.DictReader(read_lines(path))
+    columns = rows.fieldnames or []
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}, only {', '.join(columns) or 'none at all'}.")
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        try:
+            item, time = int(row["item"]), int(row["timestamp"])
+            label = LABELS[row["split"]] if "split" in columns else TRAIN
+        except (TypeError, ValueError, KeyError):
+            raise ValueError(
+                f"{where}: expected whole numbers for item and timestamp, and one of {', '.join(LABELS)} for a "
+                f"split, got {row}."
+            ) from None
+        if not 0 <= item < num_items:
+            raise ValueError(
+                f"{where}: item {item} is outside of 0..{num_items - 1}: the file is damaged or of another category."
+            )
+        if users.setdefault(row["user"], len(users)) != len(users) - 1:
+            raise ValueError(f"{where}: user {row['user']} was left before: sort the rows by user, then time.")
+        if len(sequences) < len(users):
+            sequences.append([])
+            times.append([])
+        sequences[-1].append(item + 1)
+        times[-1].append(time)
+        labels.append(label)
     try:
         loaded = UserSequences.from_lists(sequences, num_items, times)
     except ValueError as error:
@@ -92,14 +91,13 @@ def read_catalogue(folder: Path, num_items: int) -> list[dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no items.jsonl.gz, which names the items.")
     catalogue: dict[int, dict[str, str]] = {}
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-                item, _ = entry.pop("item"), entry["title"]
-                catalogue[item] = {key: "" if value is None else str(value) for key, value in entry.items()}
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path}, line {number}: no item and title in {line[:60]!r}.") from None
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            entry = json.loads(line)
+            item, _ = entry.pop("item"), entry["title"]
+            catalogue[item] = {key: "" if value is None else str(value) for key, value in entry.items()}
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}, line {number}: no item and title in {line[:60]!r}.") from None
     if sorted(catalogue) != list(range(num_items)):
         raise ValueError(
             f"{path} has {len(catalogue)} items, but the set has 0..{num_items - 1}: it is of another set."

@@ -147,7 +147,7 @@ class TimeSplit(EvaluationProtocol):
         first = sequences.offsets[:-1]
         targets = torch.ones_like(sequences.items, dtype=torch.bool).index_fill(0, first, False).nonzero().flatten()
         if labels is None:
-            labels = _cut(targets[sequences.times[targets].argsort(stable=True)], len(sequences.items))
+            labels = _cut(targets[sequences.order[targets].argsort(stable=True)], len(sequences.items))
         else:
             _check_labels(labels, targets, sequences)
         sizes = labels[targets].bincount(minlength=3).tolist()

@@ -3,7 +3,10 @@
 ``fit`` trains an RQ-VAE and writes the codes of its best checkpoint; ``kmeans`` makes them by RQ-k-means of the
 features, with the levels and codebook size of the model, and trains nothing. Which checkpoint is best the monitor of
 ``ModelCheckpoint`` decides: with ``val/collisions``, as in the configurations, one that reconstructs worse wins if
-fewer items share their codes.
+fewer items share their codes, and of several with as many collisions the one that explains most of the variance.
+
+A warning tells where the codes that are written explain little of the features: less than half of what RQ-k-means of
+the same features, levels and codebook size explains.
 """
 
 from collections.abc import Callable
@@ -11,8 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import rich
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.table import Table
 from torch import Tensor
 
@@ -20,7 +24,12 @@ from examples.recsys.semantic_ids.codes import SemanticIds
 from examples.recsys.semantic_ids.collisions import add_collision_digit, balance_last_level
 from examples.recsys.semantic_ids.features import ItemFeatures
 from examples.recsys.semantic_ids.kmeans import residual_kmeans
-from examples.recsys.semantic_ids.quality import QuantizationQuality
+from examples.recsys.semantic_ids.quality import (
+    SHARE_OF_KMEANS,
+    QuantizationQuality,
+    complaint,
+    kmeans_explained,
+)
 from examples.recsys.semantic_ids.quantization import Quantization
 from examples.recsys.semantic_ids.rqvae import RQVAE
 from lightning_muon import MuonCLI
@@ -96,6 +105,13 @@ class SemanticIdsCLI(MuonCLI):
         """Adds ``--codes.path`` and ``--codes.uniqueness``."""
         parser.add_class_arguments(CodesFile, "codes")
 
+    def before_fit(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and (callback.monitor, callback.mode) == ("val/collisions", "min"):
+                # By itself it would keep the first of several that are equal, which is trained least.
+                callback.monitor = "val/collisions_and_error"
+                rank_zero_info("Of checkpoints with equal val/collisions the one with the best val/explained is kept.")
+
     def after_fit(self) -> None:
         if self.trainer.fast_dev_run:
             return
@@ -129,6 +145,9 @@ class SemanticIdsCLI(MuonCLI):
         if file.uniqueness == "digit":
             table.caption += f"; {int((unique[:, -1] > 0).sum())} have a digit above 0"
         rich.get_console().print(table)
+        before, after = (report["explained"] for report in reports)
+        if min(before, after) < SHARE_OF_KMEANS:  # else k-means can not explain twice as much
+            _warn_of_poor_codes(file, before, after, kmeans_explained(features, levels, size))
 
 
 def comparison(resolved: str, before: dict[str, float], after: dict[str, float]) -> Table:
@@ -139,6 +158,19 @@ def comparison(resolved: str, before: dict[str, float], after: dict[str, float])
         before_text = format(before[name], text) if name in before else "-"
         table.add_row(_label(name), before_text, format(value, text))
     return table
+
+
+def _warn_of_poor_codes(file: CodesFile, before: float, after: float, kmeans: float) -> None:
+    if complaint_before := complaint(before, kmeans):
+        rank_zero_warn(
+            f"The codes in {file.path} {complaint_before}: train longer or at another rate, take more levels or a "
+            "larger codebook_size, or make codes by the subcommand kmeans."
+        )
+    elif complaint_after := complaint(after, kmeans):
+        rank_zero_warn(
+            f"The codes in {file.path} {complaint_after}. Before codes.uniqueness={file.uniqueness} moved items to "
+            f"other codes they explained {before:.1%}: take codes.uniqueness=digit."
+        )
 
 
 def shared_rows(features: Tensor) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from examples.recsys.data.lines import read_lines
 
 LARGEST_CODE = 65_535
 """A codebook is meant to be smaller than a catalogue, and tables have its size."""
@@ -66,7 +67,7 @@ class SemanticIds:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], num_items: int) -> SemanticIds:
-        """Read ``item,c1,c2,...`` with a header from a CSV file, gzipped if the path ends in ``.gz``.
+        """Read ``item,c1,c2,...`` with a header from a CSV file, gzipped or not.
 
         The file counts the items of the catalogue from 0 or from 1, in any order.
 
@@ -76,12 +77,7 @@ class SemanticIds:
                 missing or the file has others.
         """
         path = existing_file(path)
-        try:
-            rows = _read_rows(path)
-        except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is not the text, gzipped if its name ends in .gz, that it should be: {error}."
-            ) from None
+        rows = _read_rows(path)
         wanted = range(num_items) if 0 in rows else range(1, num_items + 1)
         missing = [item for item in wanted if item not in rows]
         if missing or len(rows) > num_items:
@@ -100,7 +96,8 @@ class SemanticIds:
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.unfinished")
-        with _open(unfinished, "wt", compressed=path.suffix == ".gz") as file:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(unfinished, "wt", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["item", *(f"c{level}" for level in range(1, self.levels + 1))])
             writer.writerows([item, *codes] for item, codes in enumerate(self.codes.tolist(), start=1))
@@ -125,28 +122,21 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
 def _read_rows(path: Path) -> dict[int, list[int]]:
     """The codes of each item, by its number in the file."""
     rows: dict[int, list[int]] = {}
-    with _open(path, "rt", compressed=path.suffix == ".gz") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if header[:1] != ["item"] or len(header) < 2:
-            raise ValueError(f"{path} must start with the line item,c1,c2,..., got {','.join(header)[:60]!r}.")
-        for row in filter(None, reader):
-            where = f"{path}, line {reader.line_num}"
-            try:
-                item, *codes = map(int, row)
-            except ValueError:
-                codes = []
-            if len(codes) != len(header) - 1:
-                raise ValueError(f"{where}: expected {len(header)} whole numbers, got {','.join(row)[:60]!r}.")
-            if item in rows:
-                raise ValueError(f"{where}: item {item} comes twice.")
-            rows[item] = codes
+    reader = csv.reader(read_lines(path))
+    header = next(reader, [])
+    if header[:1] != ["item"] or len(header) < 2:
+        raise ValueError(f"{path} must start with the line item,c1,c2,..., got {','.join(header)[:60]!r}.")
+    for row in filter(None, reader):
+        where = f"{path}, line {reader.line_num}"
+        try:
+            item, *codes = map(int, row)
+        except ValueError:
+            codes = []
+        if len(codes) != len(header) - 1:
+            raise ValueError(f"{where}: expected {len(header)} whole numbers, got {','.join(row)[:60]!r}.")
+        if item in rows:
+            raise ValueError(f"{where}: item {item} comes twice.")
+        rows[item] = codes
     if not rows:
         raise ValueError(f"{path} has no items.")
     return rows
-
-
-def _open(path: Path, mode: str, compressed: bool):  # type: ignore[no-untyped-def]
-    # Spreadsheets begin a file with a byte-order mark.
-    encoding = "utf-8-sig" if mode == "rt" else "utf-8"
-    return (gzip.open if compressed else open)(path, mode, encoding=encoding, newline="")

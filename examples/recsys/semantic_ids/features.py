@@ -6,8 +6,6 @@ import pickle
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from gzip import BadGzipFile
-from gzip import open as open_gzip
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from examples.recsys.data.lines import read_lines
+from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.sampling import evaluation_sampler
 from examples.recsys.models.layers import check_positive
 
@@ -90,7 +90,11 @@ class ItemFeatures(L.LightningDataModule):
 
 
 class AttributeFeatures(ItemFeatures):
-    """Multi-hot vectors from a gzipped JSON file ``{"item": [attribute, ...]}``, items from 1.
+    """Multi-hot vectors from a JSON file ``{"item": [attribute, ...]}``, gzipped or not.
+
+    Without ``source`` items are numbers from 1. With it they are what the data module calls them (``item_names()``), of
+    a file of your own the names in it; items of the file that the data module lacks are left out, and a warning counts
+    them.
 
     Attributes may be any words or numbers. An item that the file lacks, or that has no attribute, is a zero row before
     centring; a warning tells how many there are. Items with the same attributes have the same features, and no codes of
@@ -98,24 +102,34 @@ class AttributeFeatures(ItemFeatures):
 
     Args:
         path: the file.
-        num_items: size of the catalogue; None for the largest item of the file.
+        num_items: size of the catalogue; None for that of ``source``, or else the largest item of the file.
         num_components: project to so many principal components; None keeps the multi-hot vectors. On Amazon Beauty 64
             components hold 78 % of the variance, but items that differ in rare attributes alone become one: RQ-k-means
             then has 2,070 different tuples and not 2,775, of 3,116 that can be.
+        source: the data module that the recommender is trained on, if the file calls the items by name. What it
+            downloads has to be there.
         **kwargs: of :class:`ItemFeatures`.
 
     Raises:
-        ValueError: if a size is below 1.
+        ValueError: if a size is below 1, or ``num_items`` is given beside ``source``.
     """
 
     def __init__(
-        self, path: str, num_items: int | None = None, num_components: int | None = None, **kwargs: Any
+        self,
+        path: str,
+        num_items: int | None = None,
+        num_components: int | None = None,
+        source: SequenceDataModule | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_positive(num_items=num_items, num_components=num_components)
+        if source is not None and num_items is not None:
+            raise ValueError(f"num_items={num_items} is given beside source, which knows its size: leave it out.")
         self.path = Path(path).expanduser()
         self.catalogue_size = num_items
         self.num_components = num_components
+        self.source = source
 
     def load_features(self) -> Tensor:
         """See the class.
@@ -126,19 +140,50 @@ class AttributeFeatures(ItemFeatures):
                 items than ``num_components``.
         """
         attributes = _read_attributes(self.path)
-        num_items = self.catalogue_size or max(attributes)
-        outside = [item for item in attributes if not 1 <= item <= num_items]
-        if outside:
-            raise ValueError(f"{self.path} has item {outside[0]}, which is outside of the catalogue 1..{num_items}.")
-        columns = {attribute: None for row in attributes.values() for attribute in row}
+        rows = self._by_number(attributes) if self.source is None else self._by_name(attributes, self.source)
+        columns = {attribute: None for row in rows for attribute in row}
         columns = {attribute: column for column, attribute in enumerate(columns)}
-        features = torch.zeros(num_items, len(columns))
-        for item, row in attributes.items():
-            features[item - 1, [columns[attribute] for attribute in row]] = 1.0
+        features = torch.zeros(len(rows), len(columns))
+        for feature, row in zip(features, rows, strict=True):
+            feature[[columns[attribute] for attribute in row]] = 1.0
         bare = int((features == 0).all(1).sum())
         if bare:
-            rank_zero_warn(f"{bare} of {num_items} items have no attributes in {self.path}: they get the same codes.")
+            rank_zero_warn(f"{bare} of {len(rows)} items have no attributes in {self.path}: they get the same codes.")
         return features if self.num_components is None else principal_components(features, self.num_components)
+
+    def _by_number(self, attributes: dict[str, list[Any]]) -> list[list[Any]]:
+        """Attributes of items 1, 2, ..., which the file calls so."""
+        names = [item for item in attributes if not item.isdecimal()]
+        if names:
+            raise ValueError(
+                f"{self.path} calls items by name, as {names[0]!r}: give the data module that knows the names as "
+                "source, or number the items from 1."
+            )
+        numbered = {int(item): row for item, row in attributes.items()}
+        num_items = self.catalogue_size or max(numbered)
+        outside = [item for item in numbered if not 1 <= item <= num_items]
+        if outside:
+            raise ValueError(
+                f"{self.path} has item {outside[0]}, which is outside of the catalogue 1..{num_items}: count items "
+                "from 1, or give the data module that calls them so as source."
+            )
+        return [numbered.get(item, []) for item in range(1, num_items + 1)]
+
+    def _by_name(self, attributes: dict[str, list[Any]], source: SequenceDataModule) -> list[list[Any]]:
+        """Attributes of items 1, 2, ... of a data module, which the file calls by their names in it."""
+        names = source.item_names()
+        others = len(attributes.keys() - set(names))
+        if others == len(attributes):
+            raise ValueError(
+                f"{self.path} has attributes of none of the items of {type(source).__name__}: it calls them as "
+                f"{next(iter(attributes))!r}, the data module as {names[0]!r}."
+            )
+        if others:
+            rank_zero_warn(
+                f"{others} of {len(attributes)} items in {self.path} are not among those of {type(source).__name__}: "
+                "they are left out."
+            )
+        return [attributes.get(name, []) for name in names]
 
 
 class EmbeddingFile(ItemFeatures):
@@ -267,24 +312,18 @@ def _as_it_is(batch: Tensor) -> Tensor:
     return batch
 
 
-def _read_attributes(path: Path) -> dict[int, list[Any]]:
-    _check_exists(path)
+def _read_attributes(path: Path) -> dict[str, list[Any]]:
+    text = "".join(read_lines(path))
     try:
-        with open_gzip(path, "rt", encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not gzipped JSON ({error}).") from None
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from None
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f'{path} must hold {{"item": [attribute, ...]}}, got {str(content)[:60]!r}.')
-    attributes: dict[int, list[Any]] = {}
     for item, row in content.items():
-        plain = isinstance(row, list) and all(isinstance(attribute, (int, str)) for attribute in row)
-        if not item.isdecimal() or not plain:
-            raise ValueError(
-                f"{path}: expected an item number and a list of attributes, got {item!r}: {str(row)[:60]}."
-            )
-        attributes[int(item)] = row
-    return attributes
+        if not (isinstance(row, list) and all(isinstance(attribute, (int, str)) for attribute in row)):
+            raise ValueError(f"{path}: expected a list of attributes for item {item!r}, got {str(row)[:60]}.")
+    return dict(content)
 
 
 def _check_exists(path: Path) -> None:

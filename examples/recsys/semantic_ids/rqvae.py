@@ -10,7 +10,7 @@ from vector_quantize_pytorch import ResidualVQ
 
 from examples.recsys.models.layers import check_positive
 from examples.recsys.semantic_ids.kmeans import residual_kmeans
-from examples.recsys.semantic_ids.quality import QuantizationQuality
+from examples.recsys.semantic_ids.quality import QuantizationQuality, collisions_and_error
 from examples.recsys.semantic_ids.quantization import Quantization, code_vectors
 from lightning_muon import MuonMixin, ParameterRule
 
@@ -50,7 +50,8 @@ class RQVAE(MuonMixin, L.LightningModule):
 
     Logs the first term over D as ``train/reconstruction``, the last without beta as ``train/commitment``; and of all
     items ``val/commitment`` and what :class:`QuantizationQuality` computes, as ``val/reconstruction``, ``val/use_1``,
-    ``val/collisions``, ...
+    ``val/collisions``, ... Callbacks can also monitor ``val/collisions_and_error``, whose fraction tells which weights
+    with as many collisions explain more.
 
     Args:
         num_features: width D of the features.
@@ -164,8 +165,11 @@ class RQVAE(MuonMixin, L.LightningModule):
         self.log("val/commitment", losses.commitment, batch_size=len(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.quality.compute().items():
+        quality = self.quality.compute()
+        for name, value in quality.items():
             self.log(f"val/{name}", value, prog_bar=name == "collisions")
+        # Not logged: that would make it float32.
+        self.trainer.callback_metrics["val/collisions_and_error"] = collisions_and_error(quality)
         self.quality.reset()
 
     @torch.no_grad()

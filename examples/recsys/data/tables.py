@@ -1,0 +1,261 @@
+"""Columns of a table in a text or Parquet file, row by row."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.recsys.data.lines import read_lines
+
+
+@dataclass(kw_only=True)
+class TextFormat:
+    r"""How a text file holds a table, a row a line.
+
+    Args:
+        delimiter: what separates the columns: one character or several, as in ``::``; tab may be written ``\t``.
+        columns: names of all columns in order, for a file without a header; None where the first line has the names.
+        encoding: what the text was written in: ``utf-8``, ``latin-1``, ``utf-16``, ...
+        quoted: whether values may be in double quotes, as in CSV, and then hold the delimiter and ends of lines. None:
+            yes, but no quote may hold what looks like rows; with tabs, and several characters that delimit, no.
+
+    Raises:
+        ValueError: if the encoding is unknown, or an argument can not be as above.
+    """
+
+    delimiter: str = ","
+    columns: Sequence[str] | None = None
+    encoding: str = "utf-8"
+    quoted: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.delimiter = _character(self.delimiter)
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(
+                f"encoding={self.encoding!r} is none that Python knows; usual ones are 'utf-8', 'latin-1', 'cp1252' "
+                "and 'utf-16'."
+            ) from None
+        if self.quoted and len(self.delimiter) > 1:
+            raise ValueError(f"quoted=True needs a delimiter of one character, got {self.delimiter!r}.")
+        if self.columns is not None and (isinstance(self.columns, str) or len(set(self.columns)) < len(self.columns)):
+            raise ValueError(f"columns must be a list of different names, one a column, got {self.columns!r}.")
+
+    @property
+    def reads_quotes(self) -> bool:
+        """Whether double quotes are read as those of CSV."""
+        return self.delimiter != "\t" and len(self.delimiter) == 1 if self.quoted is None else self.quoted
+
+
+class Table:
+    """Some columns of a file.
+
+    Args:
+        path: a Parquet file (needs pyarrow), or else text; gzipped text is unpacked.
+        columns: name of the column by the argument that names it, for errors. A name may leave out the type that
+            RecBole appends: ``item_id`` is the column ``item_id:token``.
+        format: of the text.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, str], format: TextFormat) -> None:
+        self.path = path
+        self.columns = columns
+        self.format = format
+        self._counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Where each row stands, and its values in the columns; a text value that is not there is None.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ImportError: if it is Parquet and pyarrow is not installed.
+            ValueError: naming the file and what to do, if it lacks a column or is not as described.
+        """
+        self._counts.clear()
+        return self._parquet_rows() if self.path.suffix == ".parquet" else self._text_rows()
+
+    def remarks(self) -> list[str]:
+        """What was decided about the values that were read, a sentence each."""
+        counts = self._counts
+        remarks = []
+        if counts["wrapped"]:
+            remarks.append(
+                f"{counts['wrapped']} values begin and end with a quote, which was kept: quoted=True reads quotes as "
+                "those of CSV."
+            )
+        if counts["long"]:
+            remarks.append(
+                f"{counts['long']} rows run over several lines in quotes: quoted=False reads quotes as characters."
+            )
+        return remarks
+
+    def _text_rows(self) -> Iterator[tuple[Any, ...]]:
+        lines = _Lines(read_lines(self.path, self.format.encoding))
+        rows = self._quoted_rows(lines) if self.format.reads_quotes else self._plain_rows(lines)
+        names = self.format.columns
+        if names is None:
+            _, names = next(rows, ("", []))
+        positions = self._positions(list(names))
+        for where, row in rows:
+            if len(row) > len(names) and any(row[len(names) :]):
+                raise ValueError(self._too_wide(where, row, len(names)))
+            if self.format.columns is not None and len(row) < len(names):
+                raise ValueError(
+                    f"{self.path}, {where} has {len(row)} columns, but columns={list(names)} has {len(names)} with "
+                    f"delimiter={self.format.delimiter!r}: {row[0][:60]!r}."
+                )
+            values = [row[position] if position < len(row) else None for position in positions]
+            if not self.format.reads_quotes:
+                self._counts["wrapped"] += sum(
+                    len(value) > 1 and value[0] == value[-1] == '"' for value in values if value
+                )
+            yield where, *values
+
+    def _plain_rows(self, lines: _Lines) -> Iterator[tuple[str, list[str]]]:
+        for line in lines:
+            if line := line.rstrip("\r\n"):
+                yield f"line {lines.number}", line.split(self.format.delimiter)
+
+    def _quoted_rows(self, lines: _Lines) -> Iterator[tuple[str, list[str]]]:
+        rows = csv.reader(lines, delimiter=self.format.delimiter, strict=True)
+        width = len(self.format.columns or ())
+        while True:
+            lines.forget()
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{self.path}, {lines.place()}: a quote opens that does not close as in CSV ({error}). "
+                    "Set quoted=False if quotes are characters like others."
+                ) from None
+            if row is None:
+                return
+            width = width or len(row)
+            if len(lines.seen) > 1 and row:
+                self._counts["long"] += 1
+                swallowed = any(line.count(self.format.delimiter) + 1 >= width for line in lines.seen[1:])
+                if self.format.quoted is None and swallowed:
+                    raise ValueError(
+                        f"{self.path}, {lines.place()}: a quote opens that closes in another row. Set quoted=False if "
+                        "quotes are characters like others, or quoted=True if these lines are one row."
+                    )
+            if row:
+                yield lines.place(), row
+
+    def _positions(self, found: list[str]) -> list[int]:
+        untyped = [_TYPE.sub("", name) for name in found]
+        positions = []
+        for name in self.columns.values():
+            names = found if name in found else untyped
+            if names.count(name) > 1:
+                raise ValueError(f"{self.path} has {names.count(name)} columns {name}: rename all but one.")
+            positions.append(names.index(name) if name in names else -1)
+        missing = [name for name, position in zip(self.columns.values(), positions, strict=True) if position < 0]
+        if missing:
+            raise ValueError(
+                f"{self.path} has no column {', '.join(missing)}, only {', '.join(found)[:200] or 'none at all'}: "
+                f"{self._remedy(found)}."
+            )
+        return positions
+
+    def _remedy(self, found: list[str]) -> str:
+        """What to do about columns that are missing."""
+        if self.format.columns is not None:
+            return f"columns names those of the file, of which {_listed(self.columns)} must be some"
+        if len(found) == 1:
+            other = next((mark for mark in ("\t", "::", ";", "|", ",") if mark in found[0]), None)
+            if other is not None and other != self.format.delimiter:
+                return f"its columns look separated by {other!r}: set delimiter={other!r}"
+        if any(name.startswith('"') for name in found):
+            return "its names are in quotes: set quoted=True"
+        if any(re.fullmatch(r"[\d.]+|", name) for name in found):
+            return "where the first line is a row, give the names of all columns as columns=[...]"
+        return f"name yours by {_listed(self.columns)}"
+
+    def _too_wide(self, where: str, row: list[str], width: int) -> str:
+        remedy = (
+            "put values that hold the delimiter in quotes"
+            if self.format.reads_quotes
+            else "no value may hold the delimiter, unless it is in quotes and quoted=True is set"
+        )
+        return (
+            f"{self.path}, {where} has {len(row)} columns, but there are names for {width} only, with "
+            f"delimiter={self.format.delimiter!r}: {remedy}."
+        )
+
+    def _parquet_rows(self) -> Iterator[tuple[Any, ...]]:
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise ImportError(f"{self.path} needs pyarrow: pip install pyarrow, or convert the file to CSV.") from None
+        if not self.path.exists():
+            raise FileNotFoundError(f"path={str(self.path)!r} does not exist (looked for {self.path.absolute()}).")
+        try:
+            file = pq.ParquetFile(self.path)
+        except pa.ArrowInvalid:
+            raise ValueError(f"{self.path} is not a Parquet file, or a damaged one: make it again.") from None
+        found = file.schema_arrow.names
+        names = [found[position] for position in self._positions(found)]
+        row = 0
+        for batch in file.iter_batches(columns=names):
+            columns = [_python_values(batch.column(name)) for name in names]
+            for values in zip(*columns, strict=True):
+                row += 1
+                yield f"row {row}", *values
+
+
+class _Lines(Iterator[str]):
+    """Lines of which those of the latest row are remembered."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self.number = 0
+        self.seen: list[str] = []
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.number += 1
+        self.seen.append(line)
+        return line
+
+    def forget(self) -> None:
+        self.seen.clear()
+
+    def place(self) -> str:
+        first = self.number - len(self.seen) + 1
+        return f"line {first}" if first == self.number else f"lines {first} to {self.number}"
+
+
+_TYPE = re.compile(r":(?:token|token_seq|float|float_seq)$")
+
+
+def _character(delimiter: str) -> str:
+    r"""The characters that are meant by ``\t`` and the like."""
+    meant = delimiter
+    if re.fullmatch(r"(\\(t|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}))+", delimiter):
+        meant = codecs.decode(delimiter, "unicode_escape")
+    elif "\\" in delimiter and len(delimiter) > 1:
+        raise ValueError(f"delimiter={delimiter!r} is no text as it stands in the file, and patterns are not read.")
+    if not meant or any(character in '"\r\n' for character in meant):
+        raise ValueError(f"delimiter must be one or more characters, and no quote or end of a line, got {delimiter!r}.")
+    return meant
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _python_values(column: Any) -> list[Any]:
+    """Values of a column, times as ISO dates with all their digits: Python's datetime has no nanoseconds."""
+    import pyarrow as pa
+
+    return list((column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column).to_pylist())

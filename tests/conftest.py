@@ -14,6 +14,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For ``-n auto``: the cores that this process may use, of which a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
     """Same random numbers whichever tests run before; what a test switches globally does not leak into the next."""

@@ -19,7 +19,7 @@ from lightning_muon import Muon, MuonHyperball, NorMuon
 from tests.callbacks.monitor_runs import Dropped, Plain, Recorder, monitors, table_rows, watched
 from tests.lightning_helpers import Items, Net, assert_same, fit, trainer, weights
 
-STEPS = 50
+STEPS = 20
 MUON = partial(Net, matrix_optimizer=partial(Muon, lr=0.02, weight_decay=0.1))
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,28 @@ def run(
                 process.kill()
     by_rank = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
     return {name: [results[name] for results in by_rank] for name in workers}
+
+
+def command(words: Sequence[str], folder: Path, limit: float = 240.0) -> str:
+    """Runs a command that may start processes of its own, and returns what it printed.
+
+    Raises:
+        RuntimeError: with the end of its messages, if it fails.
+        subprocess.TimeoutExpired: if it has not ended within ``limit`` seconds; all its processes are killed first.
+    """
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(folder)}
+    started = subprocess.Popen(
+        words, cwd=folder, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        printed, messages = started.communicate(timeout=limit)
+    except BaseException:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
+    if started.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {started.returncode}: {messages[-2000:]}")
+    return printed
 
 
 def _main(

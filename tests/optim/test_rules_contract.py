@@ -700,9 +700,7 @@ def test_options_of_a_group(rule: Rule, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.asynchronous is not None], ids=lambda rule: rule.name)
-@pytest.mark.parametrize(
-    "options", [{}, {"cautious": True}, {"lr": torch.tensor(0.1)}], ids=["plain", "cautious", "lr"]
-)
+@pytest.mark.parametrize("options", [{}, {"cautious": True, "lr": torch.tensor(0.1)}], ids=["plain", "cautious-lr"])
 def test_a_step_does_not_wait_for_the_device(rule: Rule, options: dict[str, Any]) -> None:
     """On the meta device, whose tensors have no values, whatever asks for one raises."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(6, 4), (6, 4), (4, 6)]]

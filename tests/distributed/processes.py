@@ -88,7 +88,7 @@ def _main(
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=limit / 2),
+        timeout=timedelta(seconds=limit),
     )
     try:
         torch.save({name: worker(rank, *args) for name, worker in workers.items()}, f"{folder}/rank{rank}.pt")

@@ -189,7 +189,7 @@ def ranks(folder: Path) -> dict[str, list[dict[str, Any]]]:
     workers = {
         worker.__name__: worker for worker in (ddp, sharded, sharded_by_default, sharded_alone, sharded_and_resumed)
     }
-    return processes.run(workers, folder, limit=200.0, args=(str(folder),))
+    return processes.run(workers, folder, args=(str(folder),))
 
 
 # DistributedDataParallel

@@ -176,15 +176,14 @@ def test_checkpoint_restores_model_and_settings(tmp_path):
     torch.testing.assert_close(loaded(HISTORIES[0][None]), model.eval()(HISTORIES[0][None]))
 
 
-@pytest.mark.parametrize("loss", ["bce", "softmax"])
-def test_learns_32_random_sequences_by_heart(loss):
+def test_learns_32_random_sequences_by_heart():
     data = SyntheticSequences(num_users=32, items_per_cluster=1, noise=1.0, min_length=8, max_sequence_length=8)
     data.setup("fit")
     optimizers = {
         "matrix_optimizer": partial(Muon, lr=1e-2, weight_decay=0.0),
         "other_optimizer": partial(torch.optim.AdamW, lr=1e-2),
     }
-    model = Caser(data.num_items, max_length=50, dropout=0.0, loss=loss, **optimizers)
+    model = Caser(data.num_items, max_length=50, dropout=0.0, **optimizers)
     L.Trainer(**{**QUIET, "max_steps": 300, "max_epochs": -1}).fit(model, data)
     batch = next(iter(data.train_dataloader()))
     assert (model.eval()(batch["history"]).argmax(1) + 1 == batch["targets"][:, -1]).float().mean() > 0.95
@@ -195,21 +194,6 @@ class TestCommandLine:
     def in_a_folder_of_its_own(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["examples.recsys"])
-
-    def test_fits_and_tests_the_best(self):
-        heights = "--model.heights=[2, 5]"
-        cli = main(["fit", *SYNTHETIC, "--trainer.max_epochs=2", "--data.num_users=200", heights])
-        assert cli.model.max_length == 15
-        assert [filters.kernel_size for filters in cli.model.horizontal] == [(2,), (5,)]
-        assert 0 < cli.test_metrics["test/masked/recall@10"] < 1
-        assert list(Path("logs").rglob("best-*.ckpt"))
-
-    @pytest.mark.parametrize("config", sorted(CONFIGS.glob("caser_*.yaml")), ids=lambda path: path.stem)
-    def test_configuration_is_complete(self, config):
-        cli = main(["partition", "--config", str(config)])
-        assert isinstance(cli.model, Caser)
-        groups = cli.model.configure_optimizers().param_groups
-        assert {group["name"].split("/")[0] for group in groups} == {"matrix", "other"}
 
     @pytest.mark.slow
     def test_beats_popularity_threefold_on_a_third_of_the_budget(self):

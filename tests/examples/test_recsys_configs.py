@@ -1,4 +1,4 @@
-"""Every configuration of a recommender that ships makes a model and its data."""
+"""Every configuration of a recommender that ships makes a model and its data, and combines with the pieces."""
 
 from __future__ import annotations
 
@@ -11,12 +11,35 @@ import pytest
 import torch
 import yaml
 
+import lightning_muon
 from examples.recsys.__main__ import main
-from examples.recsys.models import Recommender
+from examples.recsys.models import (
+    HSTU,
+    TIGER,
+    Caser,
+    GRU4Rec,
+    MiniOneRec,
+    PaperSASRec,
+    SASRec,
+    SemanticIdLM,
+)
 from examples.recsys.semantic_ids.codes import SemanticIds
+from lightning_muon import MatrixOptimizer, WeightAwareOptimizer
+from tests.lightning_helpers import fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECOMMENDERS = sorted(path for path in CONFIGS.glob("*.yaml") if "-m examples.recsys fit" in path.read_text())
+PIECES = sorted((CONFIGS / "optimizer").glob("*.yaml"))
+CLASSES = {
+    "sasrec": SASRec,
+    "sasrec_paper": PaperSASRec,
+    "hstu": HSTU,
+    "gru4rec": GRU4Rec,
+    "caser": Caser,
+    "tiger": TIGER,
+    "sid_lm": SemanticIdLM,
+    "minionerec": MiniOneRec,
+}
 MODELS = ("sasrec", "hstu", "gru4rec", "caser", "tiger", "sid_lm")
 TITLED = ("industrial", "office")
 SETS = ("synthetic", "beauty", "toys", "sports", *TITLED, "instruments")
@@ -43,9 +66,39 @@ def test_a_configuration_is_complete(parser, path, tmp_path):
     if "checkpoint" in settings:  # pretrained weights are on the web
         settings.checkpoint = None
     made = parser.instantiate_classes(config)
-    assert isinstance(made.model, Recommender)
+    assert type(made.model) is max((name, kind) for name, kind in CLASSES.items() if path.stem.startswith(name))[1]
     assert (made.model.num_items, made.model.mask_history) == (made.data.num_items, made.data.mask_history)
     assert {assignment.group for assignment in made.model.partition().assignments} == {"matrix", "other"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", PIECES, ids=lambda path: path.stem)
+def test_a_piece_for_the_optimizer_combines_with_a_model_and_trains(parser, piece):
+    """It chooses the classes and the rates that it names, over those of the model's file, and weights stay finite."""
+    chosen = yaml.safe_load(piece.read_text())["model"]["init_args"]
+    files = ["-c", str(CONFIGS / "sasrec_synthetic.yaml"), "-c", str(piece)]
+    made = parser.instantiate_classes(parser.parse_args([*files, "--data.num_users=64"]))
+    trainer = fit(made.model, made.data, max_steps=2)
+    (optimizer,) = trainer.optimizers
+    rates = {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups}
+    for owner in ("matrix", "other"):
+        settings = chosen[f"{owner}_optimizer"]
+        assert type(optimizer.optimizers[owner]).__name__ == settings["class_path"].rpartition(".")[2]
+        assert rates[owner] == settings["init_args"]["lr"]
+    assert trainer.global_step == 2
+    assert all(parameter.isfinite().all() for parameter in made.model.parameters())
+
+
+def test_every_rule_has_a_piece():
+    texts = "".join(piece.read_text() for piece in PIECES)
+    rules = [name for name in lightning_muon.__all__ if _is_rule(getattr(lightning_muon, name))]
+    assert len(rules) >= 17
+    assert [name for name in rules if f"lightning_muon.{name}," not in texts] == []
+
+
+def _is_rule(value):
+    bases = (MatrixOptimizer, WeightAwareOptimizer)
+    return isinstance(value, type) and issubclass(value, MatrixOptimizer) and value not in bases
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -20,8 +19,6 @@ from examples.recsys.data import SyntheticSequences
 from examples.recsys.models.minionerec import MiniOneRec, stack_examples
 from examples.recsys.models.prompts import Example, Task, draw_example
 from examples.recsys.semantic_ids.codes import SemanticIds
-from lightning_muon import Muon
-from lightning_muon.schedules import Cosine
 from tests.lightning_helpers import QUIET
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -318,26 +315,6 @@ class TestTraining:
             torch.testing.assert_close(first.grad, second.grad, msg=name)
         assert len(calls) == 2
 
-    @pytest.mark.slow
-    def test_learns_32_random_sequences_by_heart(self, tmp_path):
-        """Of ten items at random, so that the last two of a history tell 30 of the 32 targets at best."""
-        ten = {"num_clusters": 10, "items_per_cluster": 1, "noise": 1.0}
-        data = SyntheticSequences(32, **ten, min_length=6, max_sequence_length=6, samples="prefix")
-        data.setup("fit")
-        optimizers = {
-            "matrix_optimizer": partial(Muon, lr=2e-2, weight_decay=0.0),
-            "other_optimizer": partial(torch.optim.AdamW, lr=2e-2),
-            "schedule": Cosine(),
-        }
-        SemanticIds(item_codes()[:10]).write(tmp_path / "few.csv")
-        model = MiniOneRec(10, str(tmp_path / "few.csv"), tasks=["next_item"], num_beams=10, **TINY, **optimizers)
-        L.Trainer(max_steps=150, max_epochs=-1, **QUIET).fit(model, data)
-        data.protocol.samples = "sequence"
-        (batch,) = data.train_dataloader()
-        with torch.no_grad():
-            best = model.eval()(batch["history"]).argmax(1) + 1
-        assert (best == batch["targets"][:, -1]).float().mean() > 0.95
-
 
 class TestArguments:
     @pytest.mark.parametrize(
@@ -375,10 +352,9 @@ class TestCommandLine:
         monkeypatch.setattr("sys.argv", ["examples.recsys"])
 
     @pytest.mark.parametrize("name", ["minionerec", "minionerec_small"])
-    @pytest.mark.parametrize(("shop", "size"), [("industrial", 3_686), ("office", 3_459)])
-    def test_configuration_is_complete(self, name, shop, size, checkpoint, capsys):
-        SemanticIds(torch.randint(256, (size, 3))).write("codes.csv")
-        options = ["--config", str(CONFIGS / f"{name}_{shop}.yaml"), "--model.semantic_ids=codes.csv"]
+    def test_configuration_is_complete(self, name, checkpoint, capsys):
+        SemanticIds(torch.randint(256, (3_686, 3))).write("codes.csv")
+        options = ["--config", str(CONFIGS / f"{name}_industrial.yaml"), "--model.semantic_ids=codes.csv"]
         if name == "minionerec":
             options.append(f"--model.checkpoint={checkpoint}")
         cli = main(["partition", *options])

@@ -295,21 +295,10 @@ class TestArguments:
 
 
 class TestCommandLine:
-    SIZES = {"synthetic": 500, "beauty": 12_101, "industrial": 3_686, "office": 3_459}  # noqa: RUF012
-
     @pytest.fixture(autouse=True)
     def in_a_folder_of_its_own(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["examples.recsys"])
-
-    @pytest.mark.parametrize("name", SIZES)
-    def test_configuration_is_complete(self, name, capsys):
-        SemanticIds(torch.randint(256, (self.SIZES[name], 3))).write("codes.csv")
-        config = str(CONFIGS / f"sid_lm_{name}.yaml")
-        cli = main(["partition", "--config", config, "--model.semantic_ids=codes.csv"])
-        assert "param groups:" in capsys.readouterr().out
-        assert isinstance(cli.model, SemanticIdLM)
-        assert cli.model.partition()["lm.model.layers.0.mlp.up_proj.weight"].group == "matrix"
 
     def test_fit_of_the_shipped_codes(self):
         quick = ["--trainer.max_epochs=2", "--data.num_users=100", "--trainer.enable_progress_bar=false"]

@@ -38,8 +38,8 @@ def looped(matrix: Tensor, p: float, exponent: float, order: str, sweeps: int) -
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("p", [1, 1.5, 2.0, 7.0, math.inf])
-@pytest.mark.parametrize("exponent", [0.25, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("p", [1, 1.5, 2.0, math.inf])
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
 def test_equals_loops(p: float, exponent: float, order: str) -> None:
     x = torch.randn(3, 7, 5) * torch.logspace(-2, 2, 5)
     x[0, 2] = 0.0
@@ -79,8 +79,8 @@ def test_rows_and_columns_of_any_size_come_out_the_same() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("p", "exponent"), [(1, 1.0), (2, 1.0), (2, 0.5), (3.5, 0.7), (math.inf, 1.0)])
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize(("p", "exponent"), [(1, 1.0), (2, 1.0), (3.5, 0.7), (math.inf, 1.0)])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_of_the_input_does_not_matter(scale: float, p: float, exponent: float, order: str) -> None:
     x = torch.randn(2, 6, 9)
     scaled = balance(x * scale, p, exponent, order, sweeps=2)

@@ -35,9 +35,12 @@ RANGES = {
     ("svd", 1e-2): (1.0, 1.0),
     ("svd", 3e-3): (1.0, 1.0),
 }
-SHAPES = [(8, 128), (16, 64), (32, 32), (64, 16), (128, 8)]
+SHAPES = [(16, 64), (32, 32), (64, 16)]
+# One of each way to compute: with and without the fifth power, by Gram matrices, by factorizations. What the
+# coefficients decide is tried on all methods.
+ALGORITHMS = ("jordan", "cubic", "gram", "qdwh", "svd")
 # Beyond the three printed digits of the ranges: rounding of the products.
-TOLERANCE = {torch.float64: 6e-4, torch.float32: 1e-3, torch.bfloat16: 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 def matrix_with_spectrum(
@@ -74,8 +77,8 @@ def test_reference_ranges(method: str, lowest: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("method", "lowest", "dtype"),
-    # bfloat16 rounds singular values below 0.004 of the largest
-    [(*key, dtype) for key in RANGES for dtype in TOLERANCE if dtype != torch.bfloat16 or key[1] >= 1e-2],
+    # float64 follows the polynomials below to 1e-9; bfloat16 rounds singular values below 0.004 of the largest.
+    [(*key, torch.float32) for key in RANGES] + [(*key, torch.bfloat16) for key in RANGES if key[1] == 1e-2],
 )
 def test_singular_values_lie_in_the_promised_range(
     method: str, lowest: float, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
@@ -107,7 +110,7 @@ def test_singular_vectors_are_kept_and_values_follow_the_polynomial(
     torch.testing.assert_close(out, u @ torch.diag(expected) @ v.T, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 14])
+@pytest.mark.parametrize("steps", [1, 3, 14])
 @pytest.mark.parametrize("shape", [(7, 12), (24, 6)])
 @pytest.mark.parametrize("method", reference.ITERATIVE_METHODS)
 def test_steps_truncate_or_repeat_the_last_polynomial(method: str, shape: tuple[int, int], steps: int) -> None:
@@ -127,7 +130,7 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", [(16, 32), (8, 128), (64, 4), (20, 24)])
+@pytest.mark.parametrize("shape", [(8, 128), (64, 16), (20, 24)])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_gram_equals_the_plain_iteration(
     spectrum: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
@@ -178,7 +181,7 @@ def test_qdwh_is_the_polar_factor(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("spectrum", ["half rank", "rank one"])
-@pytest.mark.parametrize("shape", [(32, 32), (8, 128), (128, 8), (96, 96)])
+@pytest.mark.parametrize("shape", [(8, 128), (128, 8), (96, 96)])
 def test_qdwh_keeps_a_null_space_as_svd_does(
     shape: tuple[int, int], spectrum: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
@@ -206,9 +209,9 @@ def test_qdwh_steps_are_those_of_the_scalar_iteration(steps: int, generator: tor
     torch.testing.assert_close(out, u @ torch.diag(values) @ v.T, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e-5, 1e5, 1e15, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_scale_of_the_input_does_not_matter(method: str, dtype: torch.dtype, scale: float) -> None:
     x = torch.randn(2, 12, 20)
     plain = orthogonalize(x, method=method, dtype=dtype)
@@ -217,15 +220,15 @@ def test_scale_of_the_input_does_not_matter(method: str, dtype: torch.dtype, sca
     torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
 
 
-@pytest.mark.parametrize("exponent", [-90, -40, 40, 90])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("exponent", [-90, 90])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_powers_of_two_change_no_bit(method: str, exponent: int) -> None:
     x = torch.randn(3, 12, 20)
     assert torch.equal(orthogonalize(x * 2.0**exponent, method), orthogonalize(x, method))
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e4])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("scale", [1e-7, 1e4])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_float16_input_of_any_size(method: str, scale: float) -> None:
     """Fault 5: a finite large half-precision gradient overflows where it is squared before it is normalized."""
     x = (torch.randn(12, 20) * scale).half()
@@ -234,9 +237,9 @@ def test_float16_input_of_any_size(method: str, scale: float) -> None:
     torch.testing.assert_close(out.double(), reference.orthogonalize(x, method), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (2, 3, 4, 7)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (2, 3, 4, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_zero_stays_zero(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Fault 1."""
     out = orthogonalize(torch.zeros(shape, dtype=dtype), method=method)
@@ -244,8 +247,9 @@ def test_zero_stays_zero(method: str, dtype: torch.dtype, shape: tuple[int, ...]
     assert torch.equal(out, torch.zeros(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 40), (16, 16), (40, 6)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((6, 40), torch.float32), ((40, 6), torch.float32), ((16, 16), torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_rank_one_stays_rank_one(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Fault 6: nothing grows in the null space, and the one singular value is where the polynomial puts 1."""
@@ -263,8 +267,9 @@ def test_rank_one_stays_rank_one(method: str, shape: tuple[int, int], dtype: tor
         assert values[1:].max() < 1.4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((24, 96), torch.float32), ((96, 24), torch.float32), ((24, 24), torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_spectrum_down_to_a_millionth_stays_bounded(
     method: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
@@ -285,34 +290,6 @@ def test_rank_deficient_keeps_its_null_space(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", reference.METHODS)
-def test_orthogonal_equivariance(method: str) -> None:
-    x = torch.randn(6, 10, dtype=torch.float64)
-    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    p = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
-    rotated = orthogonalize(q @ x @ p.T, method=method, dtype=torch.float64)
-    straight = orthogonalize(x, method=method, dtype=torch.float64)
-    torch.testing.assert_close(rotated, q @ straight @ p.T, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("method", reference.METHODS)
-def test_transpose_and_sign(method: str) -> None:
-    x = torch.randn(6, 10)
-    out = orthogonalize(x, method=method, dtype=torch.float32)
-    torch.testing.assert_close(orthogonalize(x.T, method=method, dtype=torch.float32), out.T, rtol=0, atol=1e-5)
-    torch.testing.assert_close(orthogonalize(-x, method=method, dtype=torch.float32), -out, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", reference.METHODS)
-def test_never_points_against_the_matrix(method: str) -> None:
-    """A polynomial that is negative somewhere in (0, 1] would turn the step into ascent along the top direction."""
-    for top in (0.3, 0.6, 0.88, 0.9, 0.95, 0.99, 0.9999):
-        rest = math.sqrt((1 - top**2) / 7)
-        x, u, v = matrix_with_spectrum(8, 24, torch.tensor([top] + [rest] * 7), torch.Generator().manual_seed(0))
-        aligned = (u.T @ orthogonalize(x, method=method, dtype=torch.float64) @ v).diagonal()
-        assert aligned.min() > 0.1
-
-
-@pytest.mark.parametrize("method", reference.METHODS)
 def test_top_direction_survives_bfloat16(method: str) -> None:
     """Where a polynomial nearly vanishes, rounding decides what the largest singular value becomes, sign and all."""
     for top in torch.arange(0.5, 1.0, 0.02).tolist():
@@ -324,9 +301,10 @@ def test_top_direction_survives_bfloat16(method: str) -> None:
             assert aligned[0] > RANGES[method, 1e-2][0] - 0.15, f"sigma {top:.2f} became {float(aligned[0]):.3f}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((8, 20), torch.float32), ((20, 8), torch.float32), ((12, 12), torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_batch_equals_one_at_a_time(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Fault 27: neighbours of other sizes in a batch leave no trace."""
     scales = torch.tensor([1e-20, 1.0, 1e20, 1e-3, 0.0, 7.0]).view(2, 3, 1, 1)
@@ -339,8 +317,8 @@ def test_batch_equals_one_at_a_time(method: str, shape: tuple[int, int], dtype: 
             torch.testing.assert_close(together[i, j], alone, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
-@pytest.mark.parametrize("neighbour", [0.0, 1e-30, 1e30, math.nan])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("neighbour", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_a_strange_neighbour_changes_no_bit(method: str, neighbour: float) -> None:
     """What happens to one matrix of a batch must not choose how the others are computed."""
     x = torch.randn(4, 6, 9)
@@ -349,28 +327,27 @@ def test_a_strange_neighbour_changes_no_bit(method: str, neighbour: float) -> No
     assert torch.equal(orthogonalize(x, method=method, dtype=torch.float32)[[0, 2, 3]], plain[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-40, 1e40, 1e200, 1e300])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("scale", [1e-300, 1e-40, 1e300])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_scale_of_float64_input_does_not_matter(method: str, scale: float) -> None:
     x = torch.randn(2, 6, 9, dtype=torch.float64)
     torch.testing.assert_close(orthogonalize(x * scale, method), orthogonalize(x, method), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_nonfinite_stays_in_its_matrix(method: str, bad: float) -> None:
     x = torch.randn(4, 6, 9)
     clean = orthogonalize(x, method=method, dtype=torch.float32)
     x[2, 3, 1] = bad
     out = orthogonalize(x, method=method, dtype=torch.float32)
     assert out[2].isnan().any()
-    for k in (0, 1, 3):
-        torch.testing.assert_close(out[k], clean[k], rtol=0, atol=1e-6)
+    assert torch.equal(out[[0, 1, 3]], clean[[0, 1, 3]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 6, 6)])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_input_is_not_modified(method: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Fault 7: ``.bfloat16()`` of a bfloat16 tensor is that tensor."""
     x = torch.randn(shape).to(dtype)
@@ -381,9 +358,9 @@ def test_input_is_not_modified(method: str, shape: tuple[int, ...], dtype: torch
     assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-25])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_overwriting_changes_no_bit_and_nothing_else(method: str, scale: float, dtype: torch.dtype) -> None:
     """Matrices that are part of a larger tensor leave the rest of it alone."""
     base = torch.randn(5, 8, 24) * scale
@@ -398,7 +375,7 @@ def test_overwriting_changes_no_bit_and_nothing_else(method: str, scale: float, 
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (3, 16, 128), (3, 128, 16), (3, 48, 96)])
-@pytest.mark.parametrize("method", [method for method in reference.METHODS if method != "svd"])
+@pytest.mark.parametrize("method", [method for method in ALGORITHMS if method != "svd"])
 def test_temporary_memory_is_two_stacks(method: str, shape: tuple[int, ...]) -> None:
     """Beside matrices that may be overwritten; a third stack beside those that may not."""
     small = 0.05
@@ -409,7 +386,7 @@ def test_temporary_memory_is_two_stacks(method: str, shape: tuple[int, ...]) -> 
         assert 0 < live.peak <= (stacks + small) * x.nbytes
 
 
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_strides_do_not_matter(method: str) -> None:
     base = torch.randn(3, 20, 24)
     for view in (base.mT, base[:, ::2, ::3], base[:, 3], base[:, :5].expand(3, 5, 24), torch.randn(1, 9).expand(4, 9)):
@@ -427,8 +404,8 @@ def test_empty_input(shape: tuple[int, ...]) -> None:
         assert orthogonalize(torch.empty(shape), method=method).shape == shape
 
 
-@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (5, 1, 7)])
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+@pytest.mark.parametrize("method", ALGORITHMS)
 def test_a_vector_becomes_its_direction(method: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     out = orthogonalize(x, method=method, dtype=torch.float64)

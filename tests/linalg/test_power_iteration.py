@@ -24,21 +24,21 @@ def test_power_iteration_finds_norm_and_direction(shape: tuple[int, int]) -> Non
     assert max(cosines) == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 16, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_power_iteration_stays_below_and_comes_near(case: str, iterations: int) -> None:
+def test_power_iteration_stays_below_and_comes_near(case: str) -> None:
     x = CASES[case].float()
-    exact, (norm, vectors) = float(spectral_norm(x)), power_iteration(x, iterations=iterations)
-    warm = float(power_iteration(x, vectors, iterations=iterations)[0])
-    assert vectors.isfinite().all()
+    exact = float(spectral_norm(x))
     # An average over the spectrum at worst, within what 100 iterations cannot tell apart at best.
-    lowest = {1: 0.5, 2: 0.6, 16: 0.9, 100: 0.999}[iterations]
-    assert lowest * exact <= float(norm) <= exact * (1 + 1e-6)
-    assert lowest * exact <= warm <= exact * (1 + 1e-6)
+    for iterations, lowest in {1: 0.5, 2: 0.6, 16: 0.9, 100: 0.999}.items():
+        norm, vectors = power_iteration(x, iterations=iterations)
+        warm = float(power_iteration(x, vectors, iterations=iterations)[0])
+        assert vectors.isfinite().all()
+        assert lowest * exact <= float(norm) <= exact * (1 + 1e-6)
+        assert lowest * exact <= warm <= exact * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("direction", ["first", "last", "alternating", "difference", "halves", "wave", "squares"])
-@pytest.mark.parametrize("size", [2, 16, 17])
+@pytest.mark.parametrize("size", [2, 17])
 def test_fixed_start_is_blind_to_no_likely_direction(size: int, direction: str) -> None:
     index = torch.arange(size, dtype=torch.float32)
     v = {
@@ -69,8 +69,7 @@ def test_warm_start_continues() -> None:
     torch.testing.assert_close(estimate.spectral_norm, warm, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (128, 512), (512, 128)])
-@pytest.mark.parametrize("estimate", [False, True])
+@pytest.mark.parametrize(("shape", "estimate"), [((512, 512), False), ((128, 512), True), ((512, 128), False)], ids=str)
 def test_drifting_gaussian_is_followed_to_one_percent(shape: tuple[int, int], estimate: bool) -> None:
     """No gap at the top of the spectrum; each call sees other weights, one percent away."""
     x, vectors, errors = torch.randn(shape), None, []
@@ -87,7 +86,7 @@ def test_drifting_gaussian_is_followed_to_one_percent(shape: tuple[int, int], es
     assert min(errors) > -1e-6
 
 
-@pytest.mark.parametrize("grows", [1.05, 1.5, 10.0])
+@pytest.mark.parametrize("grows", [1.05, 10.0])
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_direction_that_overtakes_is_found(diagonal: bool, grows: float) -> None:
     """On the diagonal nothing, not even rounding, leads from the old direction to the new one."""

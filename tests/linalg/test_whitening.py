@@ -29,7 +29,7 @@ def coupled(matrix: Tensor, beta: float, steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("beta", "steps"), [(0.5, 1), (0.5, 10), (0.4, 2), (0.8, 10), (0.8, 1)])
+@pytest.mark.parametrize(("beta", "steps"), [(0.5, 1), (0.4, 2), (0.8, 10)])
 def test_equals_the_coupled_iteration(beta: float, steps: int, shape: tuple[int, int]) -> None:
     x = torch.randn(shape)
     wanted = coupled(x, beta, steps)
@@ -65,7 +65,7 @@ def test_a_null_space_stays_bounded(shape: tuple[int, int], beta: float, steps: 
     assert torch.linalg.svdvals(whiten(x, beta, steps)).max() < 1.8
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_of_the_input_does_not_matter(scale: float) -> None:
     x = torch.randn(2, 6, 9)
     torch.testing.assert_close(whiten(x * scale), whiten(x), rtol=0, atol=1e-5)

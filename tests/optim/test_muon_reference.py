@@ -81,16 +81,13 @@ def random_problem(
 SHAPES = [(6, 6), (6, 15), (15, 6), (1, 7), (7, 1), (6, 15), (15, 6), (32, 8), (8, 32), (8, 32)]
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("lr_scale", reference.LR_SCALES)
 @pytest.mark.parametrize("method", reference.METHODS)
-def test_every_method_and_scale(method: str, lr_scale: str, nesterov: bool) -> None:
+def test_every_method(method: str) -> None:
     weights, grads = random_problem(SHAPES)
-    assert_equal_to_reference(weights, grads, method=method, lr_scale=lr_scale, nesterov=nesterov)
+    assert_equal_to_reference(weights, grads, method=method)
 
 
-@pytest.mark.parametrize("cautious", [True, False])
-@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(("nesterov", "cautious"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("lr_scale", reference.LR_SCALES)
 def test_float64_parameters_are_exact(lr_scale: str, nesterov: bool, cautious: bool) -> None:
     weights, grads = random_problem(SHAPES, dtype=torch.float64)
@@ -99,24 +96,21 @@ def test_float64_parameters_are_exact(lr_scale: str, nesterov: bool, cautious: b
     )
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.1), (0.5, 1.0), (0.95, 0.0)])
 def test_momentum_and_weight_decay(momentum: float, weight_decay: float) -> None:
     weights, grads = random_problem(SHAPES)
     assert_equal_to_reference(weights, grads, momentum=momentum, weight_decay=weight_decay)
 
 
-@pytest.mark.parametrize("method", ["jordan", "polar_express", "svd"])
-def test_cautious_decay(method: str) -> None:
+def test_cautious_decay() -> None:
     weights, grads = random_problem([(8, 12), (12, 8), (8, 12)])
-    assert_equal_to_reference(weights, grads, method=method, cautious=True, weight_decay=2.0, tolerance=2e-5)
+    assert_equal_to_reference(weights, grads, cautious=True, weight_decay=2.0, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize("method", ["jordan", "polar_express", "deepseek"])
-def test_number_of_iterations(method: str, steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, 8])
+def test_number_of_iterations(steps: int) -> None:
     weights, grads = random_problem([(8, 12), (12, 8)])
-    assert_equal_to_reference(weights, grads, method=method, steps=steps)
+    assert_equal_to_reference(weights, grads, method="polar_express", steps=steps)
 
 
 def test_ten_steps_of_gradients_of_changing_size() -> None:
@@ -179,19 +173,18 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Layout]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_reference_reads_each_element_once(name: str) -> None:
-    shape, layout = LAYOUTS[name]
-    indices = torch.cat([index.flatten() for index in reference.matrix_indices(shape, layout)])
-    assert torch.equal(indices.sort().values, torch.arange(math.prod(shape)))
+def test_reference_reads_each_element_once() -> None:
+    for name, (shape, layout) in LAYOUTS.items():
+        indices = torch.cat([index.flatten() for index in reference.matrix_indices(shape, layout)])
+        assert torch.equal(indices.sort().values, torch.arange(math.prod(shape))), name
 
 
-@pytest.mark.parametrize("lr_scale", reference.LR_SCALES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout(name: str, lr_scale: str) -> None:
+def test_every_layout(name: str) -> None:
+    """With the scale that tells rows from columns: root of m / n."""
     shape, layout = LAYOUTS[name]
     weights, grads = random_problem([shape, shape])
-    assert_equal_to_reference(weights, grads, [layout, layout], lr_scale=lr_scale, cautious=True)
+    assert_equal_to_reference(weights, grads, [layout, layout], lr_scale="spectral", cautious=True)
 
 
 @pytest.mark.parametrize("missing", ["none", "some"])
@@ -239,15 +232,14 @@ SEPARABLE = {
 }
 
 
-@pytest.mark.parametrize("lr_scale", reference.LR_SCALES)
 @pytest.mark.parametrize("name", SEPARABLE)
-def test_fused_with_split_equals_separate(name: str, lr_scale: str) -> None:
+def test_fused_with_split_equals_separate(name: str) -> None:
     """Fault 24, with blocks of gradients as different as in a fused q/k/v."""
     shape, layout, sizes = SEPARABLE[name]
     weight = torch.randn(shape)
     fused = nn.Parameter(weight.clone())
     parts = [nn.Parameter(part.clone()) for part in weight.split(sizes)]
-    options: dict[str, Any] = {"lr": 0.02, "lr_scale": lr_scale, "orthogonalize_dtype": "float32"}
+    options: dict[str, Any] = {"lr": 0.02, "lr_scale": "spectral", "orthogonalize_dtype": "float32"}
     whole = Muon([{"params": [fused], "layouts": [layout]}], **options)
     separate = Muon(parts, **options)
     block_scale = torch.cat(
@@ -275,12 +267,11 @@ def test_a_small_block_moves_as_far_as_a_large_one() -> None:
 
 
 @pytest.mark.parametrize("kernel", [(8, 3, 3, 3), (16, 2, 5), (4, 2, 2, 2, 2)], ids=["conv2d", "conv1d", "conv3d"])
-@pytest.mark.parametrize("lr_scale", reference.LR_SCALES)
-def test_convolution_equals_its_flattened_linear(kernel: tuple[int, ...], lr_scale: str) -> None:
+def test_convolution_equals_its_flattened_linear(kernel: tuple[int, ...]) -> None:
     """Fault 25: the scale is that of (out, in * kernel), not of the kernel's last two dimensions."""
     weight = torch.randn(kernel)
     conv, linear = nn.Parameter(weight.clone()), nn.Parameter(weight.flatten(1).clone())
-    options: dict[str, Any] = {"lr": 0.02, "lr_scale": lr_scale, "orthogonalize_dtype": "float32"}
+    options: dict[str, Any] = {"lr": 0.02, "lr_scale": "spectral", "orthogonalize_dtype": "float32"}
     first = Muon([{"params": [conv], "layouts": [MatrixLayout()]}], **options)
     second = Muon([linear], **options)
     for _ in range(3):
@@ -291,12 +282,11 @@ def test_convolution_equals_its_flattened_linear(kernel: tuple[int, ...], lr_sca
     torch.testing.assert_close(conv.detach().flatten(1), linear.detach(), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("lr_scale", reference.LR_SCALES)
-def test_stored_transposed_equals_the_transpose(lr_scale: str) -> None:
+def test_stored_transposed_equals_the_transpose() -> None:
     """m and n mean fan-out and fan-in, whichever way the tensor is stored."""
     weight = torch.randn(7, 12)
     straight, stored = nn.Parameter(weight.clone()), nn.Parameter(weight.T.contiguous().clone())
-    options: dict[str, Any] = {"lr": 0.02, "lr_scale": lr_scale, "orthogonalize_dtype": "float32"}
+    options: dict[str, Any] = {"lr": 0.02, "lr_scale": "spectral", "orthogonalize_dtype": "float32"}
     first = Muon([straight], **options)
     second = Muon([{"params": [stored], "layouts": [MatrixLayout(transposed=True)]}], **options)
     for _ in range(3):

@@ -14,11 +14,10 @@ from lightning_muon.optim import REG, SinkGD
 from tests.optim.rule_cases import distance, normal, rotation, signed_permutation, updates
 
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (7, 7)}
+# Every combination of the first three is that of balance(), which has tests of its own.
 VARIANTS: list[dict[str, Any]] = [
-    {"p": p, "exponent": exponent, "order": order, "sweeps": sweeps}
-    for p, exponent, order, sweeps in itertools.product(
-        (1.0, 2.0, math.inf), (0.5, 1.0), ("sequential", "simultaneous"), (1, 3)
-    )
+    {"p": p, "exponent": exponent, "order": order, "sweeps": 3 if p == 1.0 else 1}
+    for p, exponent, order in itertools.product((1.0, 2.0, math.inf), (0.5, 1.0), ("sequential", "simultaneous"))
 ]
 over_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 over_variants = pytest.mark.parametrize(

@@ -251,8 +251,11 @@ def test_resume_with_groups_and_parameters_in_another_order(rule: Rule) -> None:
 
 
 @over_rules
-@alone_and_in_a_hybrid
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    ("hybrid", "clone"),
+    [(False, copy.deepcopy), (True, lambda x: pickle.loads(pickle.dumps(x)))],
+    ids=["deepcopy-alone", "pickle-hybrid"],
+)
 def test_copies_go_on_alike_and_share_nothing(rule: Rule, hybrid: bool, clone: Callable[[Any], Any]) -> None:
     bag, optimizer = pair(rule, hybrid)
     advance(bag, optimizer, range(3))
@@ -302,12 +305,13 @@ def test_gradients_are_not_modified(rule: Rule, dtype: torch.dtype) -> None:
 
 
 @over_rules
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)], ids=str)
-def test_zero_gradient_and_zero_state(rule: Rule, shape: tuple[int, int]) -> None:
+def test_zero_gradient_and_zero_state(rule: Rule) -> None:
     """Only the decay acts, or the rule's own hold on the norm."""
-    (weight,) = random([shape], 0)
-    (param,), _ = run(rule, [weight], [[torch.zeros(shape)]] * 2, lr=0.5)
-    close(param, rule.zero_gradient(rule.zero_gradient(weight, 0.5), 0.5))
+    shapes = [(6, 4), (4, 6), (5, 5)]
+    weights = random(shapes, 0)
+    params, _ = run(rule, weights, [[torch.zeros(shape) for shape in shapes]] * 2, lr=0.5)
+    for param, weight in zip(params, weights, strict=True):
+        close(param, rule.zero_gradient(rule.zero_gradient(weight, 0.5), 0.5))
 
 
 @over_rules
@@ -332,7 +336,7 @@ def test_gradients_that_stay_zero_after_a_history(rule: Rule) -> None:
 
 
 @over_rules
-@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_gradients_of_any_size(rule: Rule, size: float) -> None:
     weights, series = random([(6, 4), (4, 6)], 0), [random([(6, 4), (4, 6)], seed) for seed in range(1, 4)]
     lr = 0.02 / size if rule.name == "PolarGrad" else 0.02  # its step is as large as the gradient
@@ -374,8 +378,9 @@ def test_no_gradients_at_all(rule: Rule, hybrid: bool) -> None:
 
 
 @over_rules
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-@pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
+@pytest.mark.parametrize(
+    ("policy", "broken"), [("propagate", float("inf")), ("skip", float("nan")), ("raise", float("inf"))]
+)
 def test_nonfinite_gradient_in_a_stack(rule: Rule, policy: str, broken: float) -> None:
     shapes = [(6, 4)] * 3
     weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 5)]
@@ -470,14 +475,15 @@ def test_state_in_half_precision_goes_the_same_way(rule: Rule, dtype: str) -> No
     [pytest.param(rule, marks=[pytest.mark.slow] if rule.name == "SpectralSphere" else []) for rule in RULES],
     ids=lambda rule: rule.name,
 )
-def test_bfloat16_state_for_300_steps(rule: Rule) -> None:
+def test_bfloat16_state_for_100_steps(rule: Rule) -> None:
+    """Long enough for averages that bfloat16 would no longer move."""
     shapes = [(3, 4)]
-    weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 4)] * 100
+    weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 5)] * 25
     options = {"lr": 1e-3}
     (param,), optimizer = run(rule, weights, series, state_dtype="bfloat16", **options)
     (wanted,), _ = run(rule, weights, series, **options)
     if "step" in optimizer.state[param]:
-        assert float(optimizer.state[param]["step"]) == 300.0
+        assert float(optimizer.state[param]["step"]) == 100.0
     moved = (wanted.detach() - weights[0]).norm()
     assert float((param.detach() - wanted.detach()).norm() / moved) < 0.2
 
@@ -486,9 +492,11 @@ def test_bfloat16_state_for_300_steps(rule: Rule) -> None:
 
 
 @over_rules
-@pytest.mark.parametrize("cautious", [False, True], ids=["plain", "cautious"])
-@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "lr", "cautious"),
+    [(torch.float32, 0.0, False), (torch.bfloat16, torch.tensor(0.0), True)],
+    ids=["float32-number-plain", "bfloat16-tensor-cautious"],
+)
 def test_learning_rate_0_leaves_every_bit(rule: Rule, dtype: torch.dtype, lr: float | Tensor, cautious: bool) -> None:
     shapes = [(6, 4), (4, 6), (5, 5)]
     weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 4)]
@@ -602,24 +610,22 @@ def test_transposed_and_convolution_layouts(rule: Rule) -> None:
 
 
 @over_rules
-@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (2, 1), (1, 2)], ids=str)
-def test_vectors_written_as_matrices(rule: Rule, shape: tuple[int, int]) -> None:
-    weights, series = random([shape], 0), [random([shape], seed) for seed in range(1, 4)]
-    (param,), optimizer = run(rule, weights, [*series, [torch.zeros(shape)]])
-    assert torch.isfinite(param).all()
-    assert all(torch.isfinite(value).all() for value in optimizer.state[param].values())
+def test_vectors_written_as_matrices(rule: Rule) -> None:
+    shapes = [(1, 7), (7, 1), (1, 1), (2, 1), (1, 2)]
+    weights, series = random(shapes, 0), [random(shapes, seed) for seed in range(1, 4)]
+    params, optimizer = run(rule, weights, [*series, [torch.zeros(shape) for shape in shapes]])
+    for param in params:
+        assert torch.isfinite(param).all()
+        assert all(torch.isfinite(value).all() for value in optimizer.state[param].values())
 
 
 @over_rules
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
-def test_empty_parameter(rule: Rule, shape: tuple[int, int]) -> None:
-    weights, series = (
-        [torch.zeros(shape), *random([(4, 5)], 0)],
-        [[torch.zeros(shape), *random([(4, 5)], seed)] for seed in range(1, 3)],
-    )
-    params, _ = run(rule, weights, series)
-    wanted, _ = run(rule, weights[1:], [grads[1:] for grads in series])
-    close(params[1], wanted[0])
+def test_empty_parameters(rule: Rule) -> None:
+    weights, series = random([(4, 5)], 0), [random([(4, 5)], seed) for seed in range(1, 3)]
+    empty = [torch.zeros(0, 5), torch.zeros(5, 0)]
+    params, _ = run(rule, [*empty, *weights], [[*empty, *grads] for grads in series])
+    wanted, _ = run(rule, weights, series)
+    close(params[2], wanted[0])
 
 
 # ---- options
@@ -694,9 +700,7 @@ def test_options_of_a_group(rule: Rule, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.asynchronous is not None], ids=lambda rule: rule.name)
-@pytest.mark.parametrize(
-    "options", [{}, {"cautious": True}, {"lr": torch.tensor(0.1)}], ids=["plain", "cautious", "lr"]
-)
+@pytest.mark.parametrize("options", [{}, {"cautious": True, "lr": torch.tensor(0.1)}], ids=["plain", "cautious-lr"])
 def test_a_step_does_not_wait_for_the_device(rule: Rule, options: dict[str, Any]) -> None:
     """On the meta device, whose tensors have no values, whatever asks for one raises."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(6, 4), (6, 4), (4, 6)]]
@@ -722,8 +726,9 @@ def temporary_memory(rule: Rule, shape: tuple[int, int], dtype: str) -> float:
 
 
 @over_rules
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((64, 64), "float32"), ((32, 128), "bfloat16"), ((128, 32), "float32")], ids=str
+)
 def test_temporary_memory_of_a_step(rule: Rule, shape: tuple[int, int], dtype: str) -> None:
     used = temporary_memory(rule, shape, dtype)
     print(f"{rule.name} {shape} {dtype}: {used:.2f} stacks")

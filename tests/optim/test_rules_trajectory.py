@@ -25,7 +25,9 @@ from tests.optim.rule_cases import (
 )
 from tests.optim.rule_walk import walk
 
-over_cases = pytest.mark.parametrize(("rule", "number", "cautious"), all_cases())
+# Cautious decay is the base's: one case of each rule tells whether the rule feeds it the right update.
+CASES = [case for case in all_cases() if not case.values[2] or case.values[1] == 0]
+over_cases = pytest.mark.parametrize(("rule", "number", "cautious"), CASES)
 over_rules = pytest.mark.parametrize("rule", REFERENCES)
 expected_run = functools.cache(run_reference)
 our_run = functools.cache(run_package)

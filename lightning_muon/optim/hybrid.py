@@ -46,8 +46,8 @@ class HybridOptimizer(ParameterHolder):
     Groups of which all parameters are frozen are in ``param_groups`` from the start, empty, so that schedulers count
     them; the children see them once they have parameters. A parameter that is unfrozen joins its group, at the group's
     learning rate. Optimizers of other packages may count steps in the group: there it joins a group of its own, e.g.
-    ``"matrix/2"``, at the same rate; ``LambdaLR`` and ``CosineAnnealingLR`` of torch refuse groups that are added late, the
-    schedules of this package follow them.
+    ``"matrix/2"``, at the same rate. ``LambdaLR`` and ``CosineAnnealingLR`` of torch refuse groups that are added late;
+    the schedules of this package follow them.
 
     Raises:
         ValueError: if there is no child, if children share a parameter or if two groups have one name.

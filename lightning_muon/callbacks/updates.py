@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 _DECOUPLED = re.compile(r"AdamW|Lion|^Adafactor$|^Muon$")
 """Classes that shrink the weights by lr * weight_decay besides the update, and have no option that says so."""
@@ -36,7 +37,7 @@ class UpdateCapture:
         self.unknown: set[str] = set()
         """Optimizers whose weight decay is still in their updates, since it is not known how they decay."""
         self._before: dict[Tensor, tuple[Tensor, float]] = {}
-        self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+        self._handles: list[RemovableHandle] = [optimizer.register_step_post_hook(self._after_step)]
         for child in _children(optimizer):
             self._watch(child, parameters)
 

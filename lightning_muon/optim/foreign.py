@@ -139,7 +139,9 @@ def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: di
     Raises:
         Exception: whatever the child's ``load_state_dict`` raises.
     """
-    memo: dict[int, Any] = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    shared = [parameter for group in groups for parameter in group["params"]]
+    shared += [value for state in state_dict["state"].values() for value in _tensors(state)]  # large, and only read
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     double = object.__new__(type(child))
     for key, value in vars(child).items():
         vars(double)[key] = type(value)() if key.startswith("_optimizer_") else _copied(value, memo, key)
@@ -165,6 +167,15 @@ def check_state_shapes(child: Optimizer) -> None:
                     f"The optimizer state {key!r} of {name!r} is a tensor of shape {tuple(value.shape)}, but the "
                     f"parameter has shape {tuple(parameter.shape)}. The checkpoint belongs to another model."
                 )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a state entry."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _copied(value: Any, memo: dict[int, Any], key: str) -> Any:

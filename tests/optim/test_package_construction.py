@@ -1,0 +1,35 @@
+"""Optimizer classes handed to packages that call ``optimizer(params=module.parameters(), lr=...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+import lightning_muon.optim
+from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
+from tests.optim.nets import Net
+
+RULES = {
+    name: rule
+    for name, rule in vars(lightning_muon.optim).items()
+    if isinstance(rule, type) and issubclass(rule, MatrixOptimizer) and not name.endswith("MatrixOptimizer")
+}
+CALLS: dict[str, Callable[[type[Any], nn.Module], Any]] = {
+    "neuralforecast": lambda optimizer, module: optimizer(params=module.parameters(), lr=1e-3),
+    "darts": lambda optimizer, module: optimizer(module.parameters(), lr=1e-3),
+    "no options": lambda optimizer, module: optimizer(list(module.parameters())),
+    "named": lambda optimizer, module: optimizer(module.named_parameters(), lr=1e-3, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", ["HybridOptimizer", *sorted(set(RULES) - {"WeightAwareOptimizer"})])
+def test_the_error_names_the_cause_and_the_way(name: str, call: str) -> None:
+    optimizer = HybridOptimizer if name == "HybridOptimizer" else RULES[name]
+    with pytest.raises((TypeError, ValueError)) as error:
+        CALLS[call](optimizer, Net())
+    assert "lightning_muon.UseMuon" in str(error.value)
+    assert "callbacks=[" in str(error.value)

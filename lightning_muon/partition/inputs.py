@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_muon.partition.heads import linear_shape
+from lightning_muon.partition.linear import linear_shape
 from lightning_muon.partition.sites import Site
 
 _RAW_CHANNELS = (1, 3, 4)

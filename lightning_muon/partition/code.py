@@ -1,6 +1,6 @@
 """What the code of a class does with its tensors: which of them it applies as linear maps, and from which side.
 
-Read from the source of the class, as far as there is one; nothing is run. Only plain uses count: ``F.linear(x, w)``,
+Read from the source of the class; nothing is run. Only plain uses count: ``F.linear(x, w)``,
 ``x @ w``, ``torch.matmul(x, w)`` (or ``mm``, ``addmm``) and ``einsum`` of two operands, where ``w`` is
 ``self.name``, ``self.name[i]``, an element of a loop over ``self.name``, a local name for one of these, or its
 transpose.
@@ -9,6 +9,7 @@ transpose.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import re
@@ -20,12 +21,16 @@ from torch import nn
 
 _CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous"}
 _FLIPS = {"t", "T", "mT", "transpose"}
-_EQUATION = re.compile(r"^([A-Za-z.]+),([A-Za-z]{2})->([A-Za-z.]+)$")
+_EQUATION = re.compile(r"^([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)$")
 # Rows of such tensors are things that inputs are compared with: x @ self.keys.T is no layer.
 _ROWS = re.compile(
     r"(^|_)(keys?|quer(y|ies)|mem|memory|memories|prototypes?|cent(er|roid)s?|anchors?|slots?|tokens?|latents?|atoms?)(_|$)",
     re.IGNORECASE,
 )
+
+
+ONLY_MAP = ""
+"""Key of what is known of the only map of a class, where the code does not tell its name."""
 
 
 class Applied(NamedTuple):
@@ -40,7 +45,6 @@ class Applied(NamedTuple):
     indexed: bool
 
 
-@functools.lru_cache(maxsize=4096)
 def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
     """The attributes of a module's class that its methods apply as linear maps, always in the same way."""
     uses: dict[str, set[Applied]] = {}
@@ -57,23 +61,42 @@ def _uses_in(base: type) -> tuple[tuple[str, Applied], ...]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
     except (OSError, TypeError, SyntaxError, IndentationError):
-        return ()
+        return _uses_in_bytecode(base)
     methods = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     found = {use for method in methods if method.name != "__init__" for use in _uses_in_method(method)}
     return tuple(sorted(found))
 
 
+def _uses_in_bytecode(base: type) -> tuple[tuple[str, Applied], ...]:
+    """What a class without a source (typed at a prompt, or piped in) does with its only map: products of one kind."""
+    names: set[str] = set()
+    products = False
+    for method in vars(base).values():
+        if not inspect.isfunction(method) or method.__name__ == "__init__":
+            continue
+        names |= set(method.__code__.co_names)
+        products |= any(
+            "MATRIX_MULTIPLY" in line.opname or line.argrepr == "@" for line in dis.get_instructions(method)
+        )
+    products |= not names.isdisjoint({"matmul", "mm", "addmm"})
+    if products == ("linear" in names):
+        return ()
+    return ((ONLY_MAP, Applied(transposed=products and names.isdisjoint(_FLIPS), indexed=False)),)
+
+
 def _uses_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Applied]]:
-    names = _local_names(method)
+    arguments = [*method.args.posonlyargs, *method.args.args]
+    if not arguments:
+        return
+    reader = _Reader(arguments[0].arg, method)
     for node in ast.walk(method):
         for left, right, from_right in _products(node):
-            found = _tensor(right, names)
-            if found is None or _tensor(left, names) is not None:
+            found = reader.tensor(right)
+            if found is None or reader.tensor(left) is not None:
                 continue
-            name, flipped, indexed = found
-            if _ROWS.search(name) and flipped == from_right:
+            if _ROWS.search(found.name) and found.flipped == from_right:
                 continue
-            yield name, Applied(transposed=from_right != flipped, indexed=indexed)
+            yield found.name, Applied(transposed=from_right != found.flipped, indexed=found.indexed)
 
 
 def _products(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, bool]]:
@@ -82,73 +105,94 @@ def _products(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, bool]]:
         yield node.left, node.right, True
     if not isinstance(node, ast.Call):
         return
-    function = node.func
+    function, arguments = node.func, node.args
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    arguments = node.args
     if name == "linear" and len(arguments) >= 2:
         yield arguments[0], arguments[1], False
-    elif name in {"matmul", "mm", "dot"} and len(arguments) == 2:
+    elif name in {"matmul", "mm", "bmm", "dot"} and len(arguments) == 2:
         yield arguments[0], arguments[1], True
-    elif name in {"matmul", "mm"} and len(arguments) == 1 and isinstance(function, ast.Attribute):
+    elif name in {"matmul", "mm", "bmm"} and len(arguments) == 1 and isinstance(function, ast.Attribute):
         yield function.value, arguments[0], True
     elif name == "addmm" and len(arguments) == 3:
         yield arguments[1], arguments[2], True
     elif name == "einsum" and len(arguments) == 3 and isinstance(arguments[0], ast.Constant):
-        equation = _EQUATION.match(str(arguments[0].value).replace(" ", ""))
-        if equation is None:
-            return
-        inputs, weight, outputs = equation.groups()
-        contracted = [letter not in outputs and letter in inputs for letter in weight]
-        made = [letter in outputs and letter not in inputs for letter in weight]
-        if contracted[0] and made[1]:
-            yield arguments[1], arguments[2], True
-        if contracted[1] and made[0]:
-            yield arguments[1], arguments[2], False
+        direction = _direction(str(arguments[0].value).replace(" ", ""))
+        if direction is not None:
+            yield arguments[1], arguments[2], direction
 
 
-def _local_names(method: ast.AST) -> dict[str, tuple[str, bool, bool]]:
-    """Local names that stand for a tensor of ``self`` throughout a method."""
-    values: dict[str, list[tuple[str, bool, bool] | None]] = {}
-    for node in ast.walk(method):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            values.setdefault(node.targets[0].id, []).append(_tensor(node.value, {}))
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)) and isinstance(node.target, ast.Name):
-            values.setdefault(node.target.id, []).append(None)
-        elif isinstance(node, ast.For):
-            for name, value in _looped(node.target, node.iter):
+def _direction(equation: str) -> bool | None:
+    """Whether the second operand of an einsum is a map from the right, (..., fan-in, fan-out); None if it is no map."""
+    parts = _EQUATION.match(equation)
+    if parts is None:
+        return None
+    inputs, weight, outputs = parts.groups()
+    kinds = "".join(
+        {(True, False): "i", (False, True): "o", (True, True): "b"}.get((letter in inputs, letter in outputs), "?")
+        for letter in weight
+    )
+    return {"io": True, "oi": False}.get(kinds.lstrip("b"))
+
+
+class _Held(NamedTuple):
+    """A tensor of ``self`` in an expression: its name, whether it is transposed, whether it is an element of that."""
+
+    name: str
+    flipped: bool = False
+    indexed: bool = False
+
+
+class _Reader:
+    """Reads the expressions of one method; local names that stand for one tensor throughout the method are known."""
+
+    def __init__(self, self_name: str, method: ast.AST) -> None:
+        self._self = self_name
+        self._names: dict[str, _Held] = {}
+        values: dict[str, list[_Held | None]] = {}
+        for node in ast.walk(method):
+            for name, value in self._bound(node):
                 values.setdefault(name, []).append(value)
-    return {name: found[0] for name, found in values.items() if len(found) == 1 and found[0] is not None}
+        self._names = {name: found[0] for name, found in values.items() if len(found) == 1 and found[0] is not None}
 
+    def tensor(self, node: ast.expr) -> _Held | None:
+        """What an expression holds, if it is a tensor of ``self``, its transpose, a cast or an element of it."""
+        if isinstance(node, ast.Name):
+            return self._names.get(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            held = self.tensor(node.func.value)
+            if held is None or node.func.attr in _CASTS:
+                return held
+            return held._replace(flipped=not held.flipped) if node.func.attr in _FLIPS else None
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == self._self:
+                return _Held(node.attr)
+            held = self.tensor(node.value)
+            return held._replace(flipped=not held.flipped) if held is not None and node.attr in _FLIPS else None
+        if isinstance(node, ast.Subscript) and not isinstance(node.slice, (ast.Slice, ast.Tuple)):
+            held = self.tensor(node.value)
+            return held._replace(indexed=True) if held is not None and not held.indexed else None
+        return None
 
-def _looped(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[str, tuple[str, bool, bool] | None]]:
-    """What the names of a loop stand for: ``w in self.ws``, ``i, w in enumerate(self.ws)``, ``w, b in zip(...)``."""
-    if isinstance(iterated, ast.Call) and isinstance(target, ast.Tuple):
-        called = getattr(iterated.func, "id", "")
-        if called == "enumerate" and len(target.elts) == 2 and iterated.args:
-            yield from _looped(target.elts[1], iterated.args[0])
-        elif called == "zip" and len(target.elts) == len(iterated.args):
-            for element, source in zip(target.elts, iterated.args, strict=True):
-                yield from _looped(element, source)
-    elif isinstance(target, ast.Name):
-        found = _tensor(iterated, {})
-        yield target.id, (found[0], found[1], True) if found is not None and not found[2] else None
+    def _bound(self, node: ast.AST) -> Iterator[tuple[str, _Held | None]]:
+        """Names that a statement binds."""
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, self.tensor(node.value)
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)) and isinstance(node.target, ast.Name):
+            yield node.target.id, None
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            yield from self._looped(node.target, node.iter)
 
-
-def _tensor(node: ast.expr, names: Mapping[str, tuple[str, bool, bool]]) -> tuple[str, bool, bool] | None:
-    """(attribute of self, whether it is transposed, whether an element of it is taken), or None for anything else."""
-    if isinstance(node, ast.Name):
-        return names.get(node.id)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        found = _tensor(node.func.value, names)
-        if found is None or node.func.attr in _CASTS:
-            return found
-        return (found[0], not found[1], found[2]) if node.func.attr in _FLIPS else None
-    if isinstance(node, ast.Attribute):
-        if isinstance(node.value, ast.Name) and node.value.id == "self":
-            return node.attr, False, False
-        found = _tensor(node.value, names)
-        return (found[0], not found[1], found[2]) if found is not None and node.attr in {"T", "mT"} else None
-    if isinstance(node, ast.Subscript) and not isinstance(node.slice, (ast.Slice, ast.Tuple)):
-        found = _tensor(node.value, names)
-        return (found[0], found[1], True) if found is not None and not found[2] else None
-    return None
+    def _looped(self, target: ast.expr, iterated: ast.expr) -> Iterator[tuple[str, _Held | None]]:
+        """``w in self.ws``, ``i, w in enumerate(self.ws)``, ``w, b in zip(self.ws, self.bs)``."""
+        if isinstance(iterated, ast.Call) and isinstance(target, ast.Tuple):
+            called = getattr(iterated.func, "id", "")
+            if called == "enumerate" and len(target.elts) == 2 and iterated.args:
+                yield from self._looped(target.elts[1], iterated.args[0])
+            elif called == "zip" and len(target.elts) == len(iterated.args):
+                for element, source in zip(target.elts, iterated.args, strict=True):
+                    yield from self._looped(element, source)
+        elif isinstance(target, ast.Name):
+            held = self.tensor(iterated)
+            yield target.id, held._replace(indexed=True) if held is not None and not held.indexed else None

@@ -30,13 +30,15 @@ def data_space_heads(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tupl
 
 def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
     readers = data_readers(leaves)
-    first = {}
+    first: dict[int, Leaf] = {}
     for reader in readers:
         first.setdefault(reader.fan_in, reader)
     found: dict[Leaf, Leaf] = {}
     for leaf in leaves:
-        reader = first.get(leaf.fan_out)
-        if reader is None or not _may_end(leaf) or leaves.index(reader) >= leaves.index(leaf):
+        if leaf.fan_out not in first or not _may_end(leaf):
+            continue
+        reader = first[leaf.fan_out]
+        if leaves.index(reader) >= leaves.index(leaf):
             continue
         if (reader.kind == "conv") != (leaf.kind == "conv") or _is_inverted_bottleneck(reader, leaf, leaves):
             continue

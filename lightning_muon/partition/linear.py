@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_muon.partition.code import applied_maps
+from lightning_muon.partition.code import ONLY_MAP, applied_maps
 
 _SIZES = (
     ("in_features", "out_features"),
@@ -170,7 +170,8 @@ def _listed(listed: Mapping[str, set[tuple[str, str]]], owner: nn.Module, local:
 
 
 def _by_sizes_or_code(owner: nn.Module, local: str, shape: Sequence[int]) -> StoredMap | None:
-    applied = applied_maps(type(owner)).get(local)
+    maps = applied_maps(type(owner))
+    applied = maps.get(local) or (maps.get(ONLY_MAP) if _is_only_map(owner, local) else None)
     directions = _directions(owner, shape)
     if len(shape) == 2:
         if len(directions) == 1 and (applied is not None or _is_only_map(owner, local)):
@@ -183,7 +184,7 @@ def _by_sizes_or_code(owner: nn.Module, local: str, shape: Sequence[int]) -> Sto
         counted = any(getattr(owner, name, None) == shape[0] for name in _COUNTS)
         if len(directions) == 1 and (counted or applied is not None):
             return StoredMap(1, directions.pop())
-        if applied is not None and applied.indexed:
+        if applied is not None and (applied.indexed or directions):
             return StoredMap(1, applied.transposed)
     return None
 

@@ -11,6 +11,9 @@ from rich.text import Text
 from torch import nn
 from torch.nn.utils import parametrize
 
+INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=_l)\d+")
+"""An index in a parameter's name: of a block, or of a layer of an RNN."""
+
 _PIECE = re.compile(r"[^.\s]*[.\s]*")
 
 

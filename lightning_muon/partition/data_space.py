@@ -42,7 +42,7 @@ def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf,
             continue
         if (reader.kind == "conv") != (leaf.kind == "conv") or _is_inverted_bottleneck(reader, leaf, leaves):
             continue
-        if _is_read(leaf, leaves, readers) or _is_chained(leaf) or _is_hidden_width(leaf, reader, sites):
+        if _is_read(leaf, leaves, readers) or _is_chained(leaf, leaves) or _is_hidden_width(leaf, reader, sites):
             continue
         found[leaf] = reader
     # The other of two towers, or an earlier one of like blocks: the same width, and read by what follows.
@@ -107,13 +107,14 @@ def _reads_data_by_name(leaf: Leaf, depth: int) -> bool:
     return any(is_first_of_pair(name) or "discr" in name.lower() or "critic" in name.lower() for name in names)
 
 
-def _is_chained(leaf: Leaf) -> bool:
-    """Whether the leaf lies in like blocks each of which can follow the other: it ends where its neighbour begins."""
-    if not is_repeated(leaf):
-        return False
-    for depth, container in enumerate(leaf.site.parents):
-        if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and is_repeated(leaf, depth):
-            return True
+def _is_chained(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
+    """Whether the leaf lies in one of several like blocks that can follow each other: it ends where they begin."""
+    for depth in range(len(leaf.site.parents)):
+        if is_repeated(leaf, depth):
+            container, block = leaf.modules[depth], leaf.modules[depth + 1]
+            like = [other for other in container.children() if type(other) is type(block)]
+            if any(other.fan_in == leaf.fan_out for other in leaves if not set(like).isdisjoint(other.modules)):
+                return True
     return False
 
 

@@ -24,7 +24,7 @@ from lightning_muon.partition.sites import Site, walk
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _GATES = {"GRU": 3, "LSTM": 4, "GRUCell": 3, "LSTMCell": 4}
-_BIAS = re.compile(r"(^|_)bias(_|$)")
+_BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 _ROUTER = re.compile(r"(^|_)routers?(_|$)", re.IGNORECASE)
 _GATE = re.compile(r"(^|_)(gates?|gating)$", re.IGNORECASE)
 _TABLE = re.compile(r"embed|table|codebook|codevector|(^|_)(emb|pos)(_|$)", re.IGNORECASE)

@@ -92,11 +92,17 @@ def _uses_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
     for node in ast.walk(method):
         for left, right, from_right in _products(node):
             found = reader.tensor(right)
-            if found is None or reader.tensor(left) is not None:
+            if found is None or reader.tensor(left) is not None or _is_one_hot(left):
                 continue
             if _ROWS.search(found.name) and found.flipped == from_right:
                 continue
             yield found.name, Applied(transposed=from_right != found.flipped, indexed=found.indexed)
+
+
+def _is_one_hot(node: ast.expr) -> bool:
+    """Whether an input selects rows of the tensor, which makes a table of it."""
+    names = (getattr(part, "attr", getattr(part, "id", "")) for part in ast.walk(node))
+    return any(isinstance(name, str) and "onehot" in name.lower().replace("_", "") for name in names)
 
 
 def _products(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, bool]]:

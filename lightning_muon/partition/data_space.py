@@ -8,7 +8,6 @@ the data with covariates appended.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -67,7 +66,7 @@ def _by_name(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, 
             for leaf in _ends(part):
                 if not _may_end(leaf, square=pair == 1):
                     continue
-                if pair == 0 and (_is_taken(leaf, part, leaves) or _is_made_elsewhere(leaf, part, leaves, sites)):
+                if pair == 0 and (_is_taken(leaf, part, leaves) or _is_made_elsewhere(leaf, leaves, sites)):
                     continue
                 role, beside = (second, first) if is_second else (first, second)
                 name = ".".join(path)
@@ -135,24 +134,30 @@ def _is_hidden_width(leaf: Leaf, reader: Leaf, sites: Sequence[Site]) -> bool:
 
 
 def _ends(part: Sequence[Leaf]) -> list[Leaf]:
-    """The last layer of a part, and those that end branches beside it and read the same."""
-    return [part[-1], *parallel_ends(part[-1], part)]
+    """The last layer of a part, and the others that read the same and whose output no layer of the part takes."""
+    last = part[-1]
+    taken = {leaf.fan_in for leaf in part}
+    others = (leaf for leaf in part[:-1] if (leaf.kind, leaf.fan_in) == (last.kind, last.fan_in))
+    return [last, *(leaf for leaf in others if leaf.fan_out not in taken)]
 
 
 def _is_taken(leaf: Leaf, part: Sequence[Leaf], leaves: Sequence[Leaf]) -> bool:
-    """Whether a layer outside a part takes what the leaf gives, by itself or beside something else."""
-    later = leaves[leaves.index(part[-1]) + 1 :]
+    """Whether a layer outside a part takes what the leaf gives: by itself, beside something else or reshaped.
+
+    A layer whose input is as wide as no layer's output may; an encoder or a discriminator reads data of its own.
+    """
     given = {other.fan_out for other in leaves}
-    return any(
-        other.fan_in == leaf.fan_out or (other.fan_in > leaf.fan_out and other.fan_in not in given) for other in later
-    )
+    for other in leaves[leaves.index(part[-1]) + 1 :]:
+        unexplained = other.fan_in not in given and not _reads_data_by_name(other, 0)
+        if other.fan_in == leaf.fan_out or unexplained:
+            return True
+    return False
 
 
-def _is_made_elsewhere(leaf: Leaf, part: Sequence[Leaf], leaves: Sequence[Leaf], sites: Sequence[Site]) -> bool:
+def _is_made_elsewhere(leaf: Leaf, leaves: Sequence[Leaf], sites: Sequence[Site]) -> bool:
     """Whether the leaf's width is that of a hidden state: of a norm, an embedding, or a layer of another part."""
     readers = data_readers(leaves)
-    others = itertools.chain(leaves)
-    inner = any(other.fan_in == leaf.fan_out and other not in readers for other in others)
+    inner = any(other.fan_in == leaf.fan_out and other not in readers for other in leaves)
     return inner or is_normed_or_embedded(leaf.fan_out, sites)
 
 

@@ -13,11 +13,15 @@ from lightning_muon.partition.sites import Site
 
 _CONVS = nn.modules.conv._ConvNd
 _COMPOSITES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_SUFFIX = r"(_?[A-Za-z]?\d*|_[A-Za-z0-9]{1,3})$"
 _PAIRS = (
-    (re.compile(r"(^|_)enc(oders?)?(_|\d*$)", re.IGNORECASE), re.compile(r"(^|_)dec(oders?)?(_|\d*$)", re.IGNORECASE)),
     (
-        re.compile(r"(^|_)(net)?(g|gen|generators?)(_|\d*$)", re.IGNORECASE),
-        re.compile(r"(^|_)(net)?(d|dis|disc|discriminators?|critics?)(_|\d*$)", re.IGNORECASE),
+        re.compile(rf"(^|_)enc(oders?)?{_SUFFIX}", re.IGNORECASE),
+        re.compile(rf"(^|_)dec(oders?)?{_SUFFIX}", re.IGNORECASE),
+    ),
+    (
+        re.compile(rf"(^|_)(net_?)?(g|gen|generators?){_SUFFIX}", re.IGNORECASE),
+        re.compile(rf"(^|_)(net_?)?(d|dis|disc|discriminators?|critics?){_SUFFIX}", re.IGNORECASE),
     ),
 )
 """Names of parts of which the first feeds the second: encoder and decoder, generator and discriminator."""
@@ -63,14 +67,17 @@ class Leaf:
 def find_leaves(sites: Sequence[Site]) -> list[Leaf]:
     """The layers among the sites.
 
-    In the order of registration, but an encoder beside a decoder comes first, and a generator before its discriminator.
+    In the order of registration, but an encoder comes before the decoder beside it that takes what it gives, and a
+    generator before its discriminator.
     """
     by_owner: dict[int, list[Site]] = {}
     for site in sites:
         if not any(name.startswith("lora_") for name in site.path):
             by_owner.setdefault(id(site.owner), []).append(site)
     leaves = [leaf for owned in by_owner.values() if (leaf := _leaf(owned)) is not None]
-    return sorted(leaves, key=_order)
+    for pair in range(len(_PAIRS)):
+        leaves = _first_before_second(leaves, pair)
+    return leaves
 
 
 def is_hugging_face(module: nn.Module) -> bool:
@@ -86,7 +93,8 @@ def inside_known(leaf: Leaf) -> bool:
 def is_repeated(leaf: Leaf, depth: int | None = None) -> bool:
     """Whether the leaf lies inside one of several like modules in a container, e.g. the blocks of a transformer.
 
-    A wrapper around a single layer, as graph convolutions are, is a block only among wrappers of the same sizes.
+    Like modules are of one type and end in the same width: the last of several graph convolutions, which gives classes,
+    is like none before it.
 
     Args:
         leaf: the leaf.
@@ -100,8 +108,7 @@ def is_repeated(leaf: Leaf, depth: int | None = None) -> bool:
     if not isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return False
     like = [other for other in container.children() if other is not block and type(other) is type(block)]
-    own = _layer_shapes(block)
-    return any(len(own) != 1 or _layer_shapes(other) == own for other in like)
+    return bool(like) and any(_last_width(other) == _last_width(block) for other in like)
 
 
 def is_first_of_pair(name: str) -> bool:
@@ -147,13 +154,13 @@ def _is_alone(leaf: Leaf, depth: int) -> bool:
     return owners == {id(leaf.site.owner)}
 
 
-def _layer_shapes(module: nn.Module) -> set[tuple[int, int]]:
-    shapes: set[tuple[int, int]] = set()
-    for part in module.modules():
-        shape = (part.in_channels, part.out_channels) if isinstance(part, _CONVS) else linear_shape(part)
-        if shape is not None:
-            shapes.add(shape)
-    return shapes
+def _last_width(module: nn.Module) -> int | None:
+    """Fan-out of the last layer of a module, if it has one."""
+    widths = [
+        part.out_channels if isinstance(part, _CONVS) else (linear_shape(part) or (0, None))[1]
+        for part in module.modules()
+    ]
+    return next((width for width in reversed(widths) if width is not None), None)
 
 
 def _leaf(sites: Sequence[Site]) -> Leaf | None:
@@ -177,16 +184,16 @@ def _leaf(sites: Sequence[Site]) -> Leaf | None:
     return Leaf(tuple(weights), *shape, "linear") if weights else None
 
 
-def _order(leaf: Leaf) -> tuple[float, ...]:
-    """Places of the modules around a leaf among their siblings, a decoder no earlier than its encoder."""
-    places = []
-    for parent, name in zip(leaf.site.parents, leaf.path, strict=True):
-        siblings = list(parent._modules)
-        place = float(siblings.index(name)) if name in siblings else 0.0
-        if not isinstance(parent, nn.Sequential):
-            for first, second in _PAIRS:
-                firsts = [index for index, other in enumerate(siblings) if first.search(other)]
-                if firsts and second.search(name):
-                    place = max(place, firsts[-1] + 0.5)
-        places.append(place)
-    return tuple(places)
+def _first_before_second(leaves: list[Leaf], pair: int) -> list[Leaf]:
+    """The leaves, those of a second part moved behind a first part that feeds it and is registered later."""
+    parts = list(paired_parts(leaves, pair))
+    for path in [path for path, is_second in parts if is_second]:
+        second = [leaf for leaf in leaves if leaf.path[: len(path)] == path]
+        for other in [other for other, is_second in parts if not is_second and other[:-1] == path[:-1]]:
+            first = [leaf for leaf in leaves if leaf.path[: len(other)] == other]
+            feeds = any(leaf.fan_out == second[0].fan_in for leaf in first)
+            if feeds and leaves.index(second[0]) < leaves.index(first[0]):
+                rest = [leaf for leaf in leaves if leaf not in second]
+                place = rest.index(first[-1]) + 1
+                leaves = [*rest[:place], *second, *rest[place:]]
+    return leaves

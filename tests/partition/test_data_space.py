@@ -60,7 +60,13 @@ class TokenMixer(nn.Module):
 
 CAUGHT: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "decoder heads beside two encoders": (
-        lambda: Parts(z=mlp(200, 64, 8), lib=mlp(200, 64, 1), dec=mlp(8, 64), rate=nn.Linear(64, 200), drop=nn.Linear(64, 200)),
+        lambda: Parts(
+            z=mlp(200, 64, 8),
+            lib=mlp(200, 64, 1),
+            dec=mlp(8, 64),
+            rate=nn.Linear(64, 200),
+            drop=nn.Linear(64, 200),
+        ),
         {"rate", "drop"},
     ),
     "decoder heads with activations around them": (
@@ -104,10 +110,16 @@ CAUGHT: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     ),
     "images": (lambda: Parts(down=conv_encoder(), up=conv_decoder(), cls=mlp(32, 16, 5)), {"up.2", "cls.2"}),
     "images, decoder by name": (lambda: Parts(encoder=conv_encoder(1), decoder=conv_decoder(2)), {"decoder.2"}),
-    "GAN": (lambda: Parts(generator=mlp(16, 64, 784), discriminator=mlp(784, 64, 2)), {"generator.2", "discriminator.2"}),
+    "GAN": (
+        lambda: Parts(generator=mlp(16, 64, 784), discriminator=mlp(784, 64, 2)),
+        {"generator.2", "discriminator.2"},
+    ),
     "GAN, discriminator first": (lambda: Parts(D=mlp(784, 64, 2), G=mlp(16, 64, 784)), {"D.2", "G.2"}),
     "GAN of networks": (
-        lambda: Parts(net_g=Parts(main=mlp(16, 64, 30)), critic=Parts(body=mlp(30, 64), adv=nn.Linear(64, 2), aux=nn.Linear(64, 7))),
+        lambda: Parts(
+            net_g=Parts(main=mlp(16, 64, 30)),
+            critic=Parts(body=mlp(30, 64), adv=nn.Linear(64, 2), aux=nn.Linear(64, 7)),
+        ),
         {"net_g.main.2", "critic.adv", "critic.aux"},
     ),
     "conditional GAN": (lambda: Parts(gen=mlp(26, 64, 784), disc=mlp(794, 64, 2)), {"gen.2", "disc.2"}),
@@ -130,7 +142,7 @@ CAUGHT: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: Parts(encoder=mlp(200, 64, 8), decoder=mlp(8, 64, 200), discriminator=mlp(8, 64, 2)),
         {"decoder.2", "discriminator.2"},
     ),
-}  # fmt: skip
+}
 
 NOT_CAUGHT: dict[str, Callable[[], nn.Module]] = {
     "two towers": lambda: Parts(user=mlp(16, 32, 24), item=mlp(12, 32, 24)),
@@ -174,7 +186,8 @@ ONLY_THE_HEAD: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "a trunk and a head without names that say so": (lambda: Parts(a=mlp(16, 64, 128), b=mlp(128, 64, 3)), {"b.2"}),
     "U-Net with a segmentation head": (
         lambda: Parts(
-            encoder=conv_encoder(), decoder=nn.Sequential(nn.ConvTranspose2d(32, 16, 2), nn.Conv2d(16, 16, 3)),
+            encoder=conv_encoder(),
+            decoder=nn.Sequential(nn.ConvTranspose2d(32, 16, 2), nn.Conv2d(16, 16, 3)),
             segmentation=nn.Conv2d(16, 5, 1),
         ),
         {"segmentation"},
@@ -184,10 +197,12 @@ ONLY_THE_HEAD: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"fuse.2"},
     ),
     "seq2seq with a scoring layer": (
-        lambda: Parts(words=nn.Embedding(90, 16), encoder=nn.GRU(16, 32), decoder=nn.GRU(16, 32), score=nn.Linear(32, 90)),
+        lambda: Parts(
+            words=nn.Embedding(90, 16), encoder=nn.GRU(16, 32), decoder=nn.GRU(16, 32), score=nn.Linear(32, 90)
+        ),
         {"score"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("build", "expected"), CAUGHT.values(), ids=CAUGHT)

@@ -28,7 +28,12 @@ def ends_in_hidden_width(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Sit
     readers = data_readers(leaves)
     if any(leaf.fan_in == last.fan_out and leaf not in readers for leaf in leaves):
         return True
-    return fused_blocks(last.site, last.fan_out, last.fan_in) != Blocks()
+    return is_fused(last)
+
+
+def is_fused(leaf: Leaf) -> bool:
+    """Whether a layer fuses several maps, or perhaps does: q, k and v, or a value and its gate."""
+    return fused_blocks(leaf.site, leaf.fan_out, leaf.fan_in) != Blocks()
 
 
 def is_normed_or_embedded(width: int, sites: Sequence[Site]) -> bool:

@@ -12,8 +12,8 @@ import ast
 import dis
 import functools
 import inspect
+import linecache
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -45,6 +45,13 @@ class Applied(NamedTuple):
     indexed: bool
 
 
+class Fused(NamedTuple):
+    """Into how many equal parts code cuts a layer's output, and along which dimension; None if that is no constant."""
+
+    parts: int
+    dim: int | None
+
+
 def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
     """The attributes of a module's class that its methods apply as linear maps, always in the same way."""
     uses: dict[str, set[Applied]] = {}
@@ -56,15 +63,116 @@ def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
     return {name: next(iter(found)) for name, found in uses.items() if len(found) == 1}
 
 
+def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
+    """The layers of a module's class whose output its methods cut into equal parts: several maps fused in one.
+
+    ``self.name(x).chunk(3, dim=-1)`` or ``torch.chunk``, also by way of a local name, and ``F.glu``, which is two.
+    """
+    found: dict[str, set[Fused]] = {}
+    for base in owner.__mro__:
+        if base.__module__.partition(".")[0] not in {"torch", "builtins", "lightning", "pytorch_lightning"}:
+            for name, fused in _cuts_in(base):
+                found.setdefault(name, set()).add(fused)
+    return {name: next(iter(fused)) for name, fused in found.items() if len(fused) == 1}
+
+
+@functools.lru_cache(maxsize=4096)
+def _cuts_in(base: type) -> tuple[tuple[str, Fused], ...]:
+    return tuple({cut for method in _methods(base) for cut in _cuts_in_method(method)})
+
+
+def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Fused]]:
+    """Cuts of what ``self.name(...)`` returned, in the order of the lines, for names may be bound again."""
+    arguments = [*method.args.posonlyargs, *method.args.args]
+    self_name = arguments[0].arg if arguments else ""
+    made: dict[str, str] = {}
+    for statement in sorted((n for n in ast.walk(method) if isinstance(n, ast.stmt)), key=lambda n: n.lineno):
+        if isinstance(
+            statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.For, ast.While, ast.If, ast.With, ast.Try)
+        ):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call) and (cut := _cut(node)) is not None:
+                source, fused = cut
+                name = made.get(source.id, "") if isinstance(source, ast.Name) else _called(source, self_name)
+                if name:
+                    yield name, fused
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    made[target.id] = _called(statement.value, self_name)
+
+
+def _cut(call: ast.Call) -> tuple[ast.expr, Fused] | None:
+    """(what is cut, how) of a call that cuts a tensor into equal parts."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    arguments = list(call.args)
+    if name == "chunk" and isinstance(function, ast.Attribute) and not _is_module_of_torch(function.value):
+        arguments = [function.value, *arguments]
+    if name == "glu" and arguments:
+        return arguments[0], Fused(2, _constant(arguments[1] if len(arguments) > 1 else named.get("dim"), -1))
+    if name != "chunk" or not arguments:
+        return None
+    count = _constant(arguments[1] if len(arguments) > 1 else named.get("chunks"), None)
+    dim = _constant(arguments[2] if len(arguments) > 2 else named.get("dim"), 0)
+    return (arguments[0], Fused(count, dim)) if count is not None and count > 1 else None
+
+
+def _called(node: ast.expr, self_name: str) -> str:
+    """``name`` of ``self.name(...)``; empty for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        value = node.func.value
+        return node.func.attr if isinstance(value, ast.Name) and value.id == self_name else ""
+    return ""
+
+
+def _constant(node: ast.expr | None, default: int | None) -> int | None:
+    """An integer in code, the default where the argument is left out, None for anything else."""
+    if node is None:
+        return default
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _is_module_of_torch(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in {"torch", "th"}
+
+
+def _methods(base: type) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The methods of a class, but for ``__init__``, as far as their files can be read."""
+    found = []
+    for method in vars(base).values():
+        function = inspect.unwrap(method) if callable(method) else None
+        if inspect.isfunction(function) and function.__name__ != "__init__":
+            code = function.__code__
+            node = _functions_in(code.co_filename).get(code.co_firstlineno)
+            if node is not None and node.name == code.co_name:
+                found.append(node)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _functions_in(filename: str) -> dict[int, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file, or of a cell of a notebook, by their first lines."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return {}
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return {min([node.lineno, *(mark.lineno for mark in node.decorator_list)]): node for node in functions}
+
+
 @functools.lru_cache(maxsize=4096)
 def _uses_in(base: type) -> tuple[tuple[str, Applied], ...]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-    except (OSError, TypeError, SyntaxError, IndentationError):
+    methods = _methods(base)
+    if not methods:
         return _uses_in_bytecode(base)
-    methods = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    found = {use for method in methods if method.name != "__init__" for use in _uses_in_method(method)}
-    return tuple(sorted(found))
+    return tuple(sorted({use for method in methods for use in _uses_in_method(method)}))
 
 
 def _uses_in_bytecode(base: type) -> tuple[tuple[str, Applied], ...]:
@@ -94,7 +202,7 @@ def _uses_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
             found = reader.tensor(right)
             if found is None or reader.tensor(left) is not None or _is_one_hot(left):
                 continue
-            if _ROWS.search(found.name) and found.flipped == from_right:
+            if "basis" in found.name or (_ROWS.search(found.name) and found.flipped == from_right):
                 continue
             yield found.name, Applied(transposed=from_right != found.flipped, indexed=found.indexed)
 

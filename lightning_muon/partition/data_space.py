@@ -12,12 +12,15 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lightning_muon.partition.branches import data_readers, is_normed_or_embedded, parallel_ends
+from lightning_muon.partition.branches import data_readers, is_fused, is_normed_or_embedded, parallel_ends
 from lightning_muon.partition.leaves import Leaf, inside_known, is_first_of_pair, is_repeated, paired_parts
 from lightning_muon.partition.sites import Site
 
 _MOST_FIELDS = 64
 """Up to how many embeddings side by side a width is taken for: the input of a tabular or click-through model."""
+
+_MOST_STATES = 8
+"""Up to how many hidden states side by side a width is taken for."""
 
 
 def data_space_heads(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
@@ -31,7 +34,8 @@ def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf,
     readers = data_readers(leaves)
     first: dict[int, Leaf] = {}
     for reader in readers:
-        first.setdefault(reader.fan_in, reader)
+        if not _may_read_hidden_states(reader, leaves):
+            first.setdefault(reader.fan_in, reader)
     found: dict[Leaf, Leaf] = {}
     for leaf in leaves:
         if leaf.fan_out not in first or not _may_end(leaf):
@@ -41,7 +45,12 @@ def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf,
             continue
         if (reader.kind == "conv") != (leaf.kind == "conv") or _is_inverted_bottleneck(reader, leaf, leaves):
             continue
-        if _is_read(leaf, leaves, readers) or _is_chained(leaf, leaves) or _is_hidden_width(leaf, reader, sites):
+        if (
+            is_fused(leaf)
+            or _is_read(leaf, leaves, readers)
+            or _is_chained(leaf, leaves)
+            or _is_hidden_width(leaf, reader, sites)
+        ):
             continue
         found[leaf] = reader
     # The other of two towers, or an earlier one of like blocks: the same width, and read by what follows.
@@ -64,7 +73,7 @@ def _by_name(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, 
             if pair == 0 and not is_second:
                 continue
             for leaf in _ends(part):
-                if not _may_end(leaf, square=pair == 1):
+                if not _may_end(leaf, square=pair == 1) or is_fused(leaf):
                     continue
                 if pair == 0 and (_is_taken(leaf, part, leaves) or _is_made_elsewhere(leaf, leaves, sites)):
                     continue
@@ -115,6 +124,14 @@ def _is_chained(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
             if any(other.fan_in == leaf.fan_out for other in leaves if not set(like).isdisjoint(other.modules)):
                 return True
     return False
+
+
+def _may_read_hidden_states(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
+    """Whether a first layer may read some hidden states of one width side by side."""
+    given = {leaf.fan_out for leaf in leaves[: leaves.index(reader)] if leaf.fan_out > 1}
+    return reader.kind != "conv" and any(
+        reader.fan_in % width == 0 and reader.fan_in // width <= _MOST_STATES for width in given
+    )
 
 
 def _is_inverted_bottleneck(reader: Leaf, leaf: Leaf, leaves: Sequence[Leaf]) -> bool:

@@ -8,15 +8,18 @@ matrix, and the note says so.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_muon.partition.code import fused_maps
+from lightning_muon.partition.linear import linear_shape
 from lightning_muon.partition.sites import Site
 
 _QKV_NAMES = {"c_attn", "att_proj"}
 # qkv, Wqkv, to_qkv, qkv_proj, qkv_linears, qkv_net, in_proj_qkv, img_attn_qkv, to_added_qkv; kv, Wkv, to_kv, kv_net.
-_QKV_WORDS = {"qkv", "wqkv", "qkvs"}
+_QKV_WORDS = {"qkv", "wqkv", "qkvs", "kqv"}
 _KV_WORDS = {"kv", "wkv"}
 _NEUTRAL_WORDS = {
     "to", "proj", "projection", "linear", "linears", "lin", "net", "layer", "layers", "fc", "dense", "conv", "in", "w",
@@ -30,7 +33,9 @@ _KEY_HEADS = (
 )  # fmt: skip
 _HEAD_DIMS = ("head_dim", "dim_head", "d_head", "head_size", "dim_heads", "head_width", "attention_head_dim", "d_k")
 _GATE_UP_NAMES = {"gate_up_proj", "gate_up", "w12", "wi", "weights_in", "input_linear"}
-_MAYBE_FUSED = re.compile(r"qkv|query_key_value|^kv|_kv|gate_up|^w12$|^c_attn$|^in_proj|^x_proj$", re.IGNORECASE)
+_MAYBE_FUSED = re.compile(
+    r"qkv|kqv|uvqk|query_key_value|^kv|_kv|gate_up|^w12$|^c_attn$|^in_proj|^x_proj$", re.IGNORECASE
+)
 
 _PER_HEAD = {
     "BloomAttention",
@@ -51,6 +56,8 @@ _MAMBA_2 = {
     "NemotronHMamba2Mixer",
     "Zamba2MambaMixer",
 }
+_GATED = {"GLU", "GEGLU", "GeGLU", "ReGLU", "REGLU", "SwiGLU", "SwishGLU"}
+_QKV_LIKE = re.compile(r"kv", re.IGNORECASE)
 _SHORT_CONV = {"Lfm2ShortConv", "Lfm2MoeShortConv"}
 
 
@@ -71,13 +78,15 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
         fan_out: rows of the weight.
         fan_in: columns of the weight.
     """
-    name, parent = _name_and_parent(site)
-    blocks = None
-    if parent is not None:
-        blocks = _of_known_class(name, parent, fan_out) or _of_common_name(name, parent, fan_out, fan_in)
-    if blocks is not None and blocks.repeats * sum(blocks.split) == fan_out:
-        return blocks
-    if _MAYBE_FUSED.search(name) and fan_out != fan_in:
+    names = list(_names_and_parents(site))
+    for name, parent in names:
+        for find in (_of_known_class, _of_code, _of_common_name):
+            blocks = find(name, parent, fan_out, fan_in)
+            if blocks is not None and blocks.repeats * sum(blocks.split) == fan_out:
+                return blocks
+    if _gated_in_sequential(site, fan_out):
+        return Blocks((fan_out // 2,) * 2, note="value | gate")
+    if any(_MAYBE_FUSED.search(name) for name, _ in names) and fan_out != fan_in:
         return Blocks(note="perhaps several maps in an order not known: read as one; a rule can set split")
     return Blocks()
 
@@ -92,7 +101,7 @@ def expert_blocks(name: str, owner: nn.Module, fan_out: int) -> Blocks:
     return Blocks((fan_out // 2, fan_out // 2), note="gate | up")
 
 
-def _of_known_class(name: str, parent: nn.Module, fan_out: int) -> Blocks | None:
+def _of_known_class(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
     """Block structure of families that a name alone would get wrong."""
     kind = type(parent).__name__
     heads = _size(parent, *_HEADS)
@@ -107,6 +116,11 @@ def _of_known_class(name: str, parent: nn.Module, fan_out: int) -> Blocks | None
     if any(type(child).__name__ == "QKVAttentionLegacy" for child in parent.children()):
         # OpenAI's guided diffusion, before its "new attention order".
         return _per_head(fan_out, heads)
+    key_dim, value_dim = _size(parent, "key_dim"), _size(parent, "val_dim")
+    if key_dim and value_dim and heads and name in {"qkv", "kv"}:
+        # LeViT, EfficientFormer and TinyViT in timm.
+        split = (key_dim, key_dim, value_dim)[3 - len(name) :]
+        return Blocks(split, heads, f"{' | '.join(name)} of each of {heads} heads")
     if kind == "CodeGenAttention" and name == "qkv_proj":
         return Blocks((fan_out // 12,) * 3, 4, "q | v | k, four times over")
     if kind in _SHORT_CONV and name == "in_proj":
@@ -123,6 +137,40 @@ def _of_known_class(name: str, parent: nn.Module, fan_out: int) -> Blocks | None
         shared = _size(parent, "n_groups") * state
         return Blocks((inner, inner, shared, shared, heads), note="z | x | B | C | dt")
     return None
+
+
+def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
+    """Equal parts into which the parent's code cuts the output of the layer."""
+    fused = fused_maps(type(parent)).get(name)
+    if fused is None or fan_out % fused.parts:
+        return None
+    part = fan_out // fused.parts
+    convolved = isinstance(_child(parent, name), nn.modules.conv._ConvNd)
+    if fused.dim is None:
+        certain = part in _widths_taken(parent)
+    else:
+        certain = fused.dim in ({1, -3, -4} if convolved else {-1, 2, 3})
+    if not certain:
+        return None
+    names = {3: "q | k | v", 2: "k | v"} if _QKV_LIKE.search(name) else {}
+    return Blocks((part,) * fused.parts, note=names.get(fused.parts, f"{fused.parts} parts, as its code cuts them"))
+
+
+def _child(parent: nn.Module, name: str) -> nn.Module | None:
+    """A child, or the last layer of a child that is an ``nn.Sequential``."""
+    child = parent._modules.get(name)
+    return list(child.children())[-1] if isinstance(child, nn.Sequential) and len(child) else child
+
+
+def _gated_in_sequential(site: Site, fan_out: int) -> bool:
+    """Whether ``nn.GLU`` or the like takes the output of a layer in an ``nn.Sequential``, after a dropout perhaps."""
+    if not isinstance(site.parent, nn.Sequential) or fan_out % 2:
+        return False
+    layers = list(site.parent._modules.items())
+    place = next((index for index, (name, _) in enumerate(layers) if name == site.owner_name), len(layers))
+    following = (layer for _, layer in layers[place + 1 :] if "dropout" not in type(layer).__name__.lower())
+    gate = next(following, None)
+    return gate is not None and type(gate).__name__ in _GATED and not any(True for _ in gate.parameters())
 
 
 def _falcon(parent: nn.Module, fan_out: int, heads: int) -> Blocks | None:
@@ -201,18 +249,33 @@ def _widths_taken(parent: nn.Module) -> set[int]:
     return {width for width in widths if isinstance(width, int)}
 
 
-def _name_and_parent(site: Site) -> tuple[str, nn.Module | None]:
-    """The layer's name and parent; those of the ``nn.Sequential`` around it, of which it is the last layer."""
+def _names_and_parents(site: Site) -> Iterator[tuple[str, nn.Module]]:
+    """The layer's name and parent, and those of what wraps the layer alone.
+
+    ``to_qkv`` may be an ``nn.Sequential`` that ends in the layer, ``qkv`` a module that holds the layer and its norm,
+    ``kqv_lin`` one that holds a like layer for each type of node.
+    """
     name, parent = site.owner_name, site.parent
+    if parent is None:
+        return
+    yield name, parent
+    if any("earrange" in type(child).__name__ for child in parent.children()):
+        return
     for depth in range(len(site.path) - 2, -1, -1):
-        outer = site.parents[depth]
-        if not isinstance(parent, nn.Sequential) or outer is parent:
-            break
-        last = [child for child in parent.children() if any(True for _ in child.parameters())][-1:]
-        if last != [parent._modules[name]] or any("earrange" in type(child).__name__ for child in parent.children()):
-            break
-        name, parent = site.path[depth], outer
-    return name, parent
+        outer, inner = site.parents[depth], site.parents[depth + 1]
+        layers = [part for part in inner.modules() if _shape(part) is not None]
+        wraps = isinstance(inner, nn.ModuleDict) or len(inner._modules) == 1
+        alike = wraps and len({(_shape(part) or (0, 0))[1] for part in layers}) == 1
+        last = isinstance(inner, nn.Sequential) and bool(layers) and layers[-1] is site.owner
+        if not (alike or last or len(layers) == 1):
+            return
+        yield site.path[depth], outer
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.in_channels, module.out_channels
+    return linear_shape(module)
 
 
 def _size(module: nn.Module, *names: str) -> int:

@@ -25,25 +25,33 @@ _HEAD_NAMES = {
     "class_labels_classifier",
     "classification_head",
     "classifier",
+    "class_head",
     "cls_head",
+    "decoder_pred",
     "embed_out",
     "head",
+    "head_dist",
     "heads",
     "lm_head",
     "logits",
     "logits_proj",
+    "mlp_head",
     "output_head",
     "output_heads",
     "prediction_head",
     "prediction_heads",
+    "prototypes",
     "qa_outputs",
     "score",
+    "segmentation_head",
     "task_heads",
     "to_logits",
+    "to_pixels",
 }
+# Never anything else, whatever width the layers registered after it read.
+_SURE_NAMES = {"class_head", "decoder_pred", "embed_out", "lm_head", "qa_outputs", "segmentation_head", "to_logits"}
 # Names that hidden layers have too: they count only where the width is that of no hidden state.
 _LIKELY_NAMES = {
-    "decoder_pred",
     "fc_out",
     "final_layer",
     "generator",
@@ -56,7 +64,11 @@ _LIKELY_NAMES = {
     "output_linear",
     "output_projector",
     "predictor",
-    "prototypes",
+    "project_out",
+    "projection",
+    "projection_layer",
+    "projector",
+    "temporal_decoder",
 }
 # get_args_proj and param_proj (GluonTS), parameter_projection (transformers), distribution_projector
 # (pytorch-forecasting), distr_output (neuralforecast), quantile_proj (GluonTS' MQ models and many others).
@@ -69,7 +81,7 @@ _DISTRIBUTION = re.compile(
 # theta_b_fc, theta_f_fc, backcast_fc (pytorch-forecasting), backcast_linear_layer, forecast_g (darts), theta_layer.
 _BASIS = re.compile(
     r"^thetas?(_(b|f|backcast|forecast))?(_(fc|layers?|linear|lin|proj|projection|head|net|out))?$"
-    r"|^(backcast|forecast)(_(fc|linear|lin|g|layers?|linear_layer|proj|projection|head|out|output|basis|theta|thetas))?$"
+    r"|^(backcast|forecast)(_(fc|linear|lin|g|layers?|linear_layer|proj|projection|head|out|output|result|short_cut|basis|thetas?))?$"
     r"|^basis(_(fc|layers?|linear|lin|proj|projection|parameters|coefficients|coeffs?|weights?|expansion|b|f|backcast|forecast))?$",
     re.IGNORECASE,
 )
@@ -110,6 +122,8 @@ def _is_basis_head(leaf: Leaf, path: tuple[str, ...], leaves: Sequence[Leaf]) ->
 
     The coefficients and the basis that they weigh are factors of one linear map to the forecast.
     """
+    if leaf.fan_in == leaf.fan_out:
+        return False
     parent = leaf.modules[len(path) - 1]
     later = [other for other in leaves[leaves.index(leaf) + 1 :] if parent in other.modules]
     if any(
@@ -151,7 +165,7 @@ def _common(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, s
         if inside_projection_head(last) or _keeps_its_space(named, part):
             continue
         for leaf in _ends_of_tasks(part, len(path)) if named.endswith("heads") else _ends(part):
-            if not _is_read_later(leaf, part, leaves):
+            if named in _SURE_NAMES or not _is_read_later(leaf, part, leaves):
                 found.append((leaf, f"Output head: the last layer of {named!r}, and no layer follows it."))
     return found
 
@@ -173,8 +187,13 @@ def _parts(leaves: Sequence[Leaf], names: set[str] | re.Pattern[str]) -> dict[tu
 
 
 def _ends(part: Sequence[Leaf]) -> list[Leaf]:
-    """The last layer of a part, and those that end branches beside it and read the same."""
-    return [part[-1], *(leaf for leaf in parallel_ends(part[-1], part) if leaf in part)]
+    """The last layer of a part, those that end branches beside it and read the same, and those added to its output."""
+    last = part[-1]
+    taken = {leaf.fan_in for leaf in part}
+    added = (leaf for leaf in part[:-1] if (leaf.kind, leaf.fan_out) == (last.kind, last.fan_out))
+    return list(
+        dict.fromkeys([last, *parallel_ends(last, part), *(leaf for leaf in added if leaf.fan_out not in taken)])
+    )
 
 
 def _ends_of_tasks(part: Sequence[Leaf], depth: int) -> list[Leaf]:

@@ -21,7 +21,7 @@ from lightning_muon.partition.branches import ends_branch, ends_in_hidden_width,
 from lightning_muon.partition.data_space import data_space_heads
 from lightning_muon.partition.head_names import inside_projection_head, named_heads
 from lightning_muon.partition.leaves import Leaf, find_leaves, inside_known, is_hugging_face, is_repeated
-from lightning_muon.partition.linear import linear_shape
+from lightning_muon.partition.linear import linear_shape, linear_weights
 from lightning_muon.partition.names import class_name
 from lightning_muon.partition.sites import Site
 
@@ -67,10 +67,20 @@ def _declared(module: nn.Module) -> tuple[dict[int, str], bool]:
             except (AttributeError, NotImplementedError, TypeError):
                 continue
             declared = declared or method == "get_classifier"
-            weight = getattr(head, "weight", None)
-            if isinstance(weight, nn.Parameter):
-                heads[id(weight)] = f"Output head: {class_name(part)}.{method}() returns it."
+            for one in head if isinstance(head, (tuple, list)) else (head,):
+                for weight in _weights_of(one):
+                    heads[id(weight)] = f"Output head: {class_name(part)}.{method}() returns it."
     return heads, declared
+
+
+def _weights_of(head: object) -> list[nn.Parameter]:
+    """The weight of a head; of its last layer, where the head is a part of several."""
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        return [weight]
+    layers = [part for part in head.modules() if linear_shape(part)] if isinstance(head, nn.Module) else []
+    weights = [layers[-1]._parameters[name] for name in linear_weights(layers[-1])] if layers else []
+    return [weight for weight in weights if weight is not None]
 
 
 def _of_hugging_face(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
@@ -124,14 +134,15 @@ def _last_layer(module: nn.Module, leaves: Sequence[Leaf], sites: Sequence[Site]
             f"Output head: the last layer, and its width, {last.fan_out}, is that of no hidden state. "
             "A rule can send it to the matrix group."
         )
-    beside = f"Output head: takes the same input as the last layer, {'.'.join(last.path)!r}."
+    beside = f"Output head: beside the last layer, {'.'.join(last.path)!r}, and reads as many features."
     return [(last, reason), *((leaf, beside) for leaf in parallel_ends(last, trainable))]
 
 
 def _is_output_conv(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
     """Whether a convolution gives each position's classes (pointwise) or an image like the input's."""
     kernel = leaf.site.owner.kernel_size
-    pointwise = isinstance(leaf.site.owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and all(size == 1 for size in kernel)  # type: ignore[union-attr]
+    convolution = isinstance(leaf.site.owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    pointwise = convolution and all(size == 1 for size in kernel)  # type: ignore[union-attr]
     return pointwise or leaf.fan_out == leaves[0].fan_in
 
 

@@ -156,11 +156,12 @@ def _is_alone(leaf: Leaf, depth: int) -> bool:
 
 def _last_width(module: nn.Module) -> int | None:
     """Fan-out of the last layer of a module, if it has one."""
-    widths = [
-        part.out_channels if isinstance(part, _CONVS) else (linear_shape(part) or (0, None))[1]
-        for part in module.modules()
-    ]
-    return next((width for width in reversed(widths) if width is not None), None)
+    for part in reversed(list(module.modules())):
+        if isinstance(part, _CONVS):
+            return part.out_channels
+        if shape := linear_shape(part):
+            return shape[1]
+    return None
 
 
 def _leaf(sites: Sequence[Site]) -> Leaf | None:

@@ -112,6 +112,8 @@ class HybridOptimizer(Optimizer):
                 f"{type(optimizers['other']).__name__} and no matrix optimizer is used.",
                 stacklevel=2,
             )
+        for text in partition.warnings():
+            warnings.warn(text, stacklevel=2)
         return cls(optimizers, partition)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

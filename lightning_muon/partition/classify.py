@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -82,7 +83,7 @@ def _candidate(sites: Sequence[Site], heads: dict[int, str], stems: dict[int, st
     names = tuple(dict.fromkeys(site.name for site in sites))
     if len(names) > 1:
         shared = f"{names[1]}" if len(names) == 2 else f"{len(names) - 1} other names"
-        verdict = Verdict(verdict.role, f"{verdict.reason} Shared with {shared}.", verdict.layout)
+        verdict = dataclasses.replace(verdict, reason=f"{verdict.reason} Shared with {shared}.")
     owners = tuple(dict.fromkeys(type(site.owner) for site in sites))
     return Candidate(names, parameter, owners, verdict)
 
@@ -120,6 +121,7 @@ def _verdict(site: Site, heads: dict[int, str], stems: dict[int, str]) -> Verdic
             f"{class_name(site.recipe)} makes the weight of {kind} of this tensor, so that a step on it is no step on "
             "the weight. A rule can send it to the matrix group.",
             layout,
+            unknown=True,
         )
     if id(parameter) in stems:
         return Verdict("input", stems[id(parameter)], layout)
@@ -270,7 +272,7 @@ def _raw(site: Site) -> Verdict:
         return Verdict("vector", f"Biases, stacked, of {what}.")
     if any(map(_TABLE.search, names)) or _QUANTIZER.search(type(holder).__name__):
         return Verdict("embedding", f"Table {what}, by its name.")
-    return Verdict("other", f"Not known to be a matrix: {what}. A rule can send it to the matrix group.")
+    return Verdict("other", f"Not known to be a matrix: {what}. A rule can send it to the matrix group.", unknown=True)
 
 
 def _listed(site: Site) -> str:

@@ -23,11 +23,13 @@ class Verdict:
         role: what it is; ``"hidden"`` goes to the group ``"matrix"``, all others to ``"other"``.
         reason: a sentence for the user.
         layout: how it would be read as matrices, also where it goes to ``"other"``: a rule may send it to ``"matrix"``.
+        unknown: whether it may be a hidden matrix for all that is known.
     """
 
     role: Role
     reason: str
     layout: MatrixLayout = field(default_factory=MatrixLayout)
+    unknown: bool = False
 
 
 @dataclass
@@ -138,6 +140,7 @@ def _assign(candidate: Candidate, change: Change) -> ParameterAssignment:
         reason=reason,
         options=dict(change.options),
         aliases=candidate.names[1:],
+        unknown=verdict.unknown and change.group is None,
     )
 
 

@@ -144,7 +144,8 @@ def _is_hidden_width(leaf: Leaf, reader: Leaf, sites: Sequence[Site]) -> bool:
     """Whether an embedding, some embeddings side by side, or a norm other than of the input has the leaf's width."""
     width = leaf.fan_out
     start = next(index for index, site in enumerate(sites) if site.owner is reader.site.owner)
-    if is_normed_or_embedded(width, [site for site in sites[start:] if not isinstance(site.owner, nn.Embedding)]):
+    inner = [site for site in sites[start:] if not isinstance(site.owner, (nn.Embedding, nn.BatchNorm1d))]
+    if is_normed_or_embedded(width, inner):
         return True
     dims = [site.owner.embedding_dim for site in sites if isinstance(site.owner, nn.Embedding)]
     return any(width % dim == 0 and width // dim <= _MOST_FIELDS for dim in dims if dim > 1) or sum(dims) == width

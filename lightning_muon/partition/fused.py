@@ -86,7 +86,8 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
                 return blocks
     if _gated_in_sequential(site, fan_out):
         return Blocks((fan_out // 2,) * 2, note="value | gate")
-    if any(_MAYBE_FUSED.search(name) for name, _ in names) and fan_out != fan_in:
+    called = (*(name for name, _ in names), *site.path[-2:])
+    if any(map(_MAYBE_FUSED.search, called)) and fan_out != fan_in:
         return Blocks(note="perhaps several maps in an order not known: read as one; a rule can set split")
     return Blocks()
 

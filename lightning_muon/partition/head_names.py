@@ -118,7 +118,7 @@ def _wherever_registered(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
 
 
 def _is_basis_head(leaf: Leaf, path: tuple[str, ...], leaves: Sequence[Leaf]) -> bool:
-    """Whether only basis layers take what a layer gives, and a block with a forecast holds it.
+    """Whether only basis layers take what a layer gives, in a block with a forecast or behind layers of the block.
 
     The coefficients and the basis that they weigh are factors of one linear map to the forecast.
     """
@@ -132,7 +132,10 @@ def _is_basis_head(leaf: Leaf, path: tuple[str, ...], leaves: Sequence[Leaf]) ->
         return False
     names = {name for name in (*parent._modules, *parent._parameters, *parent._buffers) if name != path[-1]}
     beside = any(_BASIS.search(name) or _BASIS_CHILD.search(name) or "cast" in name for name in names)
-    return beside or "cast" in path[-1] or path[-1].lower().startswith("theta_")
+    if beside or "cast" in path[-1]:
+        return True
+    earlier = [other for other in leaves[: leaves.index(leaf)] if parent in other.modules]
+    return any(other.fan_out == leaf.fan_in for other in earlier)
 
 
 def _before_a_basis(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
@@ -143,8 +146,10 @@ def _before_a_basis(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
             name = next((n for n, child in block._modules.items() if child is not None and _is_basis(n, child)), None)
             if name is None or leaf.path[depth] == name or leaf.kind == "other":
                 continue
-            part = [other for other in leaves if block in other.modules and other.path[depth] != name]
-            if part[-1] is leaf:
+            inside = [other for other in leaves if block in other.modules]
+            part = [other for other in inside if other.path[depth] != name]
+            taken = any(other.fan_in == leaf.fan_out for other in inside if other not in part)
+            if part[-1] is leaf and not taken:
                 reason = f"Output head: gives the coefficients of {name!r}, {class_name(block._modules[name])}."  # type: ignore[arg-type]
                 found[id(leaf)] = (leaf, reason)
     return list(found.values())

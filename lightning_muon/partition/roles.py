@@ -249,8 +249,9 @@ class Partition:
         """What a user may not expect: a group ``"matrix"`` that is nearly empty although there may be many matrices.
 
         Counted are the trainable elements of hidden matrices and of tensors that may be some but are not known to be;
-        embeddings, heads, input stems, routers, vectors, depthwise filters and what a rule sends to ``"other"`` are left
-        out for a reason and do not count. There is a warning if less than a tenth of these elements is in ``"matrix"``.
+        embeddings, heads, input stems, routers, vectors, depthwise filters and what a rule sends to ``"other"`` have a
+        reason to be left out and do not count. There is a warning if less than a tenth of these elements is in
+        ``"matrix"``.
 
         Returns:
             Sentences, each with the largest tensors left out, why, and the rule that would send them; often none.

@@ -55,6 +55,7 @@ _LIKELY_NAMES = {
     "fc_out",
     "final_layer",
     "generator",
+    "last_layer",
     "out",
     "out_layer",
     "output",
@@ -65,9 +66,7 @@ _LIKELY_NAMES = {
     "output_projector",
     "predictor",
     "project_out",
-    "projection",
     "projection_layer",
-    "projector",
     "temporal_decoder",
 }
 # get_args_proj and param_proj (GluonTS), parameter_projection (transformers), distribution_projector
@@ -92,27 +91,35 @@ _PROJECTION_NAMES = {"projection_head", "proj_head"}
 
 
 def named_heads(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
-    """Heads by their names, with a sentence for each."""
-    return [*_wherever_registered(leaves), *_before_a_basis(leaves), *_common(leaves, sites)]
+    """Heads of the whole model by their names, with a sentence for each."""
+    return [*_wherever_registered(leaves, _DISTRIBUTION), *_common(leaves, sites)]
+
+
+def basis_heads(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
+    """Heads of blocks by their names: coefficients of a basis and the basis, each block's own; see N-BEATS."""
+    return [*_wherever_registered(leaves, _BASIS), *_before_a_basis(leaves)]
 
 
 def inside_projection_head(leaf: Leaf) -> bool:
     """Whether the leaf is part of a projection head of self-supervised learning, which ends in an embedding."""
+    if leaf.path[-1:] in (("last_layer",), ("prototypes",)):
+        return False  # DINO's and SwAV's scores of prototypes: classes.
     by_class = any(_PROJECTION_HEAD.search(type(part).__name__) for part in leaf.modules)
     return by_class or not _PROJECTION_NAMES.isdisjoint(leaf.path)
 
 
-def _wherever_registered(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
-    """The last layers of parts with the names of distribution, quantile and basis heads, in every block."""
+def _wherever_registered(leaves: Sequence[Leaf], names: re.Pattern[str]) -> list[tuple[Leaf, str]]:
+    """The last layers of parts with the names of distribution and quantile heads, or of basis heads, in every block."""
     found = []
-    for pattern, what in ((_DISTRIBUTION, "of a distribution or of quantiles"), (_BASIS, "of a basis expansion")):
-        for path, part in _parts(leaves, pattern).items():
-            parent = part[0].modules[len(path) - 1]
-            for leaf in _ends(part):
-                if pattern is _BASIS and not _is_basis_head(leaf, path, leaves):
-                    continue
-                if pattern is _DISTRIBUTION and _is_read_within(leaf, parent, leaves):
-                    continue
+    what = "of a basis expansion" if names is _BASIS else "of a distribution or of quantiles"
+    for path, part in _parts(leaves, names).items():
+        parent = part[0].modules[len(path) - 1]
+        for leaf in _ends(part):
+            if names is _BASIS:
+                is_head = _is_basis_head(leaf, path, leaves)
+            else:
+                is_head = not _is_read_within(leaf, parent, leaves)
+            if is_head:
                 found.append((leaf, f"Output head: the last layer of {path[-1]!r}, parameters {what}."))
     return found
 

@@ -7,8 +7,8 @@
    :mod:`~lightning_muon.partition.data_space`.
 4. A common head name (``lm_head``, ``classifier``, ``args_proj``, ``theta_b_fc``, ...). See
    :mod:`~lightning_muon.partition.head_names`.
-5. Only if none of the others but 3 was found and no Linear is tied to an embedding: the last registered layer, unless
-   something shows that its output is a hidden state. See :func:`_last_layer` for what does.
+5. Only if 1, 2 and 4 found none of the whole model and no Linear is tied to an embedding: the last registered layer,
+   unless something shows that its output is a hidden state. See :func:`_last_layer` for what does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_muon.partition.branches import ends_branch, ends_in_hidden_width, parallel_ends
 from lightning_muon.partition.data_space import data_space_heads
-from lightning_muon.partition.head_names import inside_projection_head, named_heads
+from lightning_muon.partition.head_names import basis_heads, inside_projection_head, named_heads
 from lightning_muon.partition.leaves import Leaf, find_leaves, inside_known, is_hugging_face, is_repeated
 from lightning_muon.partition.linear import linear_shape, linear_weights
 from lightning_muon.partition.names import class_name
@@ -41,10 +41,11 @@ def find_heads(module: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
     leaves = find_leaves(sites)
     declared, is_declared = _declared(module)
     found = [*named_heads(leaves, sites), *_of_hugging_face(leaves)]
-    in_data_space = data_space_heads([leaf for leaf in leaves if leaf not in dict(found)], sites)
+    named = {leaf for leaf, _ in found}
+    in_data_space = data_space_heads([leaf for leaf in leaves if leaf not in named], sites)
     # A single output may also be a score inside the model, as in attention pooling: no reason to stop looking.
     certain = is_declared or declared or any(leaf.fan_out > 1 for leaf, _ in found) or _has_tied_head(sites)
-    found = [*in_data_space, *found]
+    found = [*in_data_space, *basis_heads(leaves), *found]
     if not certain:
         found += _last_layer(module, leaves, sites)
     heads = {id(site.parameter): reason for leaf, reason in reversed(found) for site in leaf.sites}

@@ -113,3 +113,8 @@ def test_basis_heads_of_every_block(build, ends, count):
 def test_such_names_elsewhere(module):
     """Angles as inputs, the embedded Gaussian of a non-local block, basis functions as features."""
     assert {"theta_layer", "theta", "phi", "g", "basis", "forecast"}.isdisjoint(heads(module))
+
+
+def test_basis_heads_of_blocks_do_not_hide_the_head_of_the_model():
+    module = Parts(blocks=nn.ModuleList(trend_block(backcast=nn.Linear(64, 24)) for _ in range(2)), fc=mlp(64, 48, 7))
+    assert heads(module) == {"blocks.0.backcast", "blocks.1.backcast", "fc.2"}

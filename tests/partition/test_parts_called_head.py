@@ -52,6 +52,10 @@ CASES = {
         ),
         set(),
     ),
+    "prototypes of DINO": (
+        Parts(backbone=body(), head=ProjectionHead(layers=mlp(32, 24), last_layer=nn.Linear(24, 50, bias=False))),
+        {"head.last_layer"},
+    ),
     "prototypes of SwAV": (
         Parts(backbone=body(), head=ProjectionHead(layers=mlp(32, 24)), prototypes=nn.Linear(24, 32, bias=False)),
         {"prototypes"},

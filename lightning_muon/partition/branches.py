@@ -53,7 +53,7 @@ def ends_branch(last: Leaf, leaves: Sequence[Leaf]) -> bool:
     Branches that begin with the same hidden state are no towers but heads of several tasks.
     """
     for leaf in leaves:
-        if leaf is last or leaf.fan_out != last.fan_out:
+        if leaf is last or (leaf.fan_out, leaf.kind) != (last.fan_out, last.kind):
             continue
         depth = _fork(leaf, last)
         if leaf.modules[depth] is leaf.site.parent is last.site.parent:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_muon.partition.checks import check_module, check_parameter
 from lightning_muon.partition.code import applied_maps
-from lightning_muon.partition.fused import Blocks, expert_blocks, fused_blocks
+from lightning_muon.partition.fused import Blocks, expert_blocks, fused_blocks, raw_blocks
 from lightning_muon.partition.heads import find_heads
 from lightning_muon.partition.inputs import find_input_stems
 from lightning_muon.partition.linear import StoredMap, linear_shape, stored_map
@@ -175,8 +175,9 @@ def _map_layout(site: Site, stored: StoredMap) -> tuple[MatrixLayout, str]:
         count = math.prod(shape[: stored.batch_dims])
         return MatrixLayout(stored.batch_dims, transposed=stored.transposed), f"{count} maps of {kind}{transposed}"
     fan_in, fan_out = shape if stored.transposed else reversed(shape)
-    blocks = fused_blocks(site, fan_out, fan_in) if site.local == "weight" else Blocks()
-    name = "Weight" if site.local == "weight" else f"Weight {site.local!r}"
+    weight = site.local == "weight"
+    blocks = fused_blocks(site, fan_out, fan_in) if weight else raw_blocks(site.local, fan_out, fan_in)
+    name = "Weight" if weight else f"Weight {site.local!r}"
     note = f"{name} of {kind}{transposed}{blocks.note and f', {blocks.note}'}"
     return MatrixLayout(transposed=stored.transposed, split=blocks.split, repeats=blocks.repeats), note
 

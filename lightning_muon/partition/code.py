@@ -147,9 +147,8 @@ def _methods(base: type) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """The methods of a class, but for ``__init__``, as far as their files can be read."""
     found = []
     for method in vars(base).values():
-        function = inspect.unwrap(method) if callable(method) else None
-        if inspect.isfunction(function) and function.__name__ != "__init__":
-            code = function.__code__
+        if inspect.isfunction(method) and method.__name__ != "__init__":
+            code = inspect.unwrap(method).__code__
             node = _functions_in(code.co_filename).get(code.co_firstlineno)
             if node is not None and node.name == code.co_name:
                 found.append(node)

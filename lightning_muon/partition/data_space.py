@@ -61,7 +61,7 @@ def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf,
             f"Output head: ends a branch in the space of the data, as wide as what {'.'.join(reader.path)!r} reads.",
         )
         for leaf, reader in found.items()
-        if not any(other.fan_out == leaf.fan_out and _ends_a_part(other, leaves) for other in hidden)
+        if not any((o.fan_out, o.kind) == (leaf.fan_out, leaf.kind) and _ends_a_part(o, leaves) for o in hidden)
     ]
 
 
@@ -127,11 +127,14 @@ def _is_chained(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 
 def _may_read_hidden_states(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether a first layer may read some hidden states of one width side by side."""
-    given = {leaf.fan_out for leaf in leaves[: leaves.index(reader)] if leaf.fan_out > 1}
-    return reader.kind != "conv" and any(
-        reader.fan_in % width == 0 and reader.fan_in // width <= _MOST_STATES for width in given
-    )
+    """Whether a first layer may read some hidden states of one width side by side, or a flattened feature map."""
+    if reader.kind == "conv":
+        return False
+    for leaf in leaves[: leaves.index(reader)]:
+        most = reader.fan_in if leaf.kind == "conv" else _MOST_STATES
+        if leaf.fan_out > 1 and reader.fan_in % leaf.fan_out == 0 and reader.fan_in // leaf.fan_out <= most:
+            return True
+    return False
 
 
 def _is_inverted_bottleneck(reader: Leaf, leaf: Leaf, leaves: Sequence[Leaf]) -> bool:

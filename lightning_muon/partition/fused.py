@@ -37,6 +37,8 @@ _MAYBE_FUSED = re.compile(
     r"qkv|kqv|uvqk|query_key_value|^kv|_kv|gate_up|^w12$|^c_attn$|^in_proj|^x_proj$", re.IGNORECASE
 )
 
+_UNSETTLED = "perhaps several maps in an order not known: read as one; a rule can set split"
+
 _PER_HEAD = {
     "BloomAttention",
     "DisentangledSelfAttention",
@@ -88,8 +90,13 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
         return Blocks((fan_out // 2,) * 2, note="value | gate")
     called = (*(name for name, _ in names), *site.path[-2:])
     if any(map(_MAYBE_FUSED.search, called)) and fan_out != fan_in:
-        return Blocks(note="perhaps several maps in an order not known: read as one; a rule can set split")
+        return Blocks(note=_UNSETTLED)
     return Blocks()
+
+
+def raw_blocks(name: str, fan_out: int, fan_in: int) -> Blocks:
+    """One map for a tensor that a module holds itself, with a note where its name says that it may fuse several."""
+    return Blocks(note=_UNSETTLED) if _MAYBE_FUSED.search(name) and fan_out != fan_in else Blocks()
 
 
 def expert_blocks(name: str, owner: nn.Module, fan_out: int) -> Blocks:
@@ -246,7 +253,7 @@ def _keys_values(parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
 def _widths_taken(parent: nn.Module) -> set[int]:
     """Widths that the layers beside take, such as ``to_out``, which reads all heads side by side."""
     layers = [child[0] if isinstance(child, nn.Sequential) and len(child) else child for child in parent.children()]
-    widths = {getattr(layer, "in_features", getattr(layer, "in_channels", None)) for layer in layers}
+    widths = (getattr(layer, "in_features", getattr(layer, "in_channels", None)) for layer in layers)
     return {width for width in widths if isinstance(width, int)}
 
 

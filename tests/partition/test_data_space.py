@@ -183,6 +183,12 @@ ONLY_THE_HEAD: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"top"},
     ),
+    "latents of feature maps": (
+        lambda: Parts(
+            down=conv_encoder(), mean=nn.Linear(32 * 4, 8), lift=nn.Linear(8, 32 * 4), up=conv_decoder(), cls=mlp(8, 3)
+        ),
+        {"up.2", "cls.0"},
+    ),
     "a trunk and a head without names that say so": (lambda: Parts(a=mlp(16, 64, 128), b=mlp(128, 64, 3)), {"b.2"}),
     "U-Net with a segmentation head": (
         lambda: Parts(

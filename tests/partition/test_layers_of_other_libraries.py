@@ -158,18 +158,19 @@ class Attention(Raw):
     """Rows that inputs are compared with are no layers, unless they are applied as one."""
 
     def __init__(self) -> None:
-        shapes = ("keys", "memory", "prototypes", "query", "mixing", "mask")
+        shapes = ("keys", "memory", "prototypes", "rows", "trend_basis", "query", "mixing", "mask")
         super().__init__(dict.fromkeys(shapes, (16, 16)))
 
     def forward(self, x):
         scores = x @ self.keys.T + F.linear(x, self.memory) + torch.matmul(x, self.prototypes.t())
         q = x @ self.query
         product = self.keys @ self.mixing
+        product = product + F.linear(F.one_hot(x.long()).float(), self.rows) + x @ self.trend_basis
         return scores * self.mask + q @ product.T
 
 
 def test_raw_parameters_by_their_use():
-    others = dict.fromkeys(("keys", "memory", "prototypes", "mixing", "mask"), "other")
+    others = dict.fromkeys(("keys", "memory", "prototypes", "rows", "trend_basis", "mixing", "mask"), "other")
     assert read(Attention()) == others | {"query": "T 16 x 16"}
 
 
@@ -183,6 +184,16 @@ class Tied(Raw):
 
 def test_a_weight_that_is_applied_both_ways_is_not_known():
     assert read(Tied()) == {"weight": "other"}
+
+
+def test_sizes_that_are_no_numbers():
+    """HGTConv names a dictionary of sizes, others a tuple."""
+    layer = GraphLinear(16, 32)
+    layer.in_channels = {"author": 16}
+    assert read(Parts(block=Parts(qkv=nn.Linear(16, 40), layer=layer), norm=nn.LayerNorm(32))) == {
+        "block.qkv.weight": "40 x 16",
+        "block.layer.weight": "32 x 16",
+    }
 
 
 def test_square_weights_whose_direction_nothing_tells():

@@ -2,8 +2,8 @@
 
 A layer is one if it ends a branch of the module as wide as what a first layer reads (the shapes say so), or if it ends
 a part whose name and whose neighbour's name say what it makes: a decoder beside an encoder, a generator beside a
-discriminator. The names are asked where the shapes cannot tell: a generator reads noise, a conditional encoder reads
-the data with covariates appended.
+discriminator, an actor beside a critic. The names are asked where the shapes cannot tell: a generator reads noise, a
+conditional encoder reads the data with covariates appended.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lightning_muon.partition.branches import data_readers, is_fused, is_normed_
 from lightning_muon.partition.leaves import Leaf, inside_known, is_first_of_pair, is_repeated, paired_parts
 from lightning_muon.partition.sites import Site
 
+_ROLES = (("encoder", "decoder"), ("generator or actor", "discriminator or critic"))
 _MOST_FIELDS = 64
 """Up to how many embeddings side by side a width is taken for: the input of a tabular or click-through model."""
 
@@ -67,7 +68,7 @@ def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf,
 
 def _by_name(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
     found: list[tuple[Leaf, str]] = []
-    for pair, (first, second) in enumerate([("encoder", "decoder"), ("generator", "discriminator")]):
+    for pair, (first, second) in enumerate(_ROLES):
         for path, is_second in paired_parts(leaves, pair):
             part = [leaf for leaf in leaves if leaf.path[: len(path)] == path]
             if pair == 0 and not is_second:

@@ -238,7 +238,8 @@ def _queries_keys_values(name: str, parent: nn.Module, fan_out: int, fan_in: int
         sizes.append((heads * head_dim, heads * head_dim, head_dim))
     if key_heads == heads:
         sizes += [(inner,) * 3 for inner in (fan_in, *_widths_taken(parent))]
-    return next((Blocks(split, note="q | k | v") for split in sizes if sum(split) == fan_out), None)
+    note = "k | q | v" if "kqv" in name else "q | k | v"
+    return next((Blocks(split, note=note) for split in sizes if sum(split) == fan_out), None)
 
 
 def _keys_values(parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:

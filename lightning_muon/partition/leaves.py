@@ -20,11 +20,11 @@ _PAIRS = (
         re.compile(rf"(^|_)dec(oders?)?{_SUFFIX}", re.IGNORECASE),
     ),
     (
-        re.compile(rf"(^|_)(net_?)?(g|gen|generators?){_SUFFIX}", re.IGNORECASE),
+        re.compile(rf"(^|_)(net_?)?(g|gen|generators?|actors?|policy|pi){_SUFFIX}", re.IGNORECASE),
         re.compile(rf"(^|_)(net_?)?(d|dis|disc|discriminators?|critics?){_SUFFIX}", re.IGNORECASE),
     ),
 )
-"""Names of parts of which the first feeds the second: encoder and decoder, generator and discriminator."""
+"""Names of parts of which the first feeds the second: encoder and decoder; generator and discriminator or critic."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,6 +134,20 @@ CAUGHT: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"generator.3", "discriminator.3"},
     ),
+    "actor and critics": (
+        lambda: Parts(actor=mlp(8, 64, 64, 4), critic_1=mlp(12, 64, 2), critic_2=mlp(12, 64, 2)),
+        {"actor.4", "critic_1.2", "critic_2.2"},
+    ),
+    "VAE of flat layers": (
+        lambda: Parts(
+            fc1=nn.Sequential(nn.Linear(200, 64)),
+            fc21=nn.Linear(64, 8),
+            fc22=nn.Linear(64, 8),
+            fc3=nn.Linear(8, 64),
+            fc4=nn.Linear(64, 200),
+        ),
+        {"fc4"},
+    ),
     "VAE-GAN": (
         lambda: Parts(encoder=encoder(), decoder=mlp(8, 64, 200), discriminator=mlp(200, 64, 2)),
         {"decoder.2", "discriminator.2"},

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import Optimizer
 
+from lightning_muon.optim import HybridOptimizer
 from lightning_muon.schedules import ScheduledLR
 
 
@@ -25,11 +25,9 @@ class ResumedRates(Callback):
         optimizer: the optimizer as it was built, before the checkpoint's state is loaded.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: HybridOptimizer) -> None:
         self.optimizer = optimizer
-        self.given: Mapping[str, float] = {
-            group["name"]: float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
-        }
+        self.given: Mapping[str, float] = optimizer.configured_rates
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.ckpt_path or self.optimizer not in trainer.optimizers:
@@ -45,10 +43,9 @@ class ResumedRates(Callback):
                 "load the weights alone: load_from_checkpoint, and fit without ckpt_path."
             )
         changed = [
-            f"{group['name']} {peak:.3g} (given now: {self.given[group['name']]:.3g})"
-            for group in groups
-            if group.get("name") in self.given
-            and (peak := float(group.get("initial_lr", group["lr"]))) != self.given[group["name"]]
+            f"{name} {rate:.3g} (given now: {self.given[name]:.3g})"
+            for name, rate in self.optimizer.peak_rates.items()
+            if name in self.given and rate != self.given[name]
         ]
         if changed:
             rank_zero_warn(

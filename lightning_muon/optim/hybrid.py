@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
@@ -122,6 +123,8 @@ class HybridOptimizer(ParameterHolder):
             if child is not None:
                 optimizers[owner] = child
         warn_without_matrices(module, partition, optimizers)
+        for text in partition.warnings():
+            warnings.warn(text, stacklevel=2)
         return cls(optimizers, partition)
 
     @overload

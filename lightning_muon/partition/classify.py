@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -10,9 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_muon.partition.checks import check_module, check_parameter
-from lightning_muon.partition.fused import expert_blocks, fused_blocks
-from lightning_muon.partition.heads import find_heads, is_hf_conv1d, linear_shape
+from lightning_muon.partition.code import applied_maps
+from lightning_muon.partition.fused import Blocks, expert_blocks, fused_blocks, raw_blocks
+from lightning_muon.partition.heads import find_heads
 from lightning_muon.partition.inputs import find_input_stems
+from lightning_muon.partition.linear import StoredMap, linear_shape, stored_map
+from lightning_muon.partition.names import class_name
 from lightning_muon.partition.overrides import Candidate, Verdict, assign, collect_changes
 from lightning_muon.partition.roles import MatrixLayout, Partition, Role
 from lightning_muon.partition.rules import ParameterRule
@@ -20,7 +25,7 @@ from lightning_muon.partition.sites import Site, walk
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _GATES = {"GRU": 3, "LSTM": 4, "GRUCell": 3, "LSTMCell": 4}
-_BIAS = re.compile(r"(^|_)bias(_|$)")
+_BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 _ROUTER = re.compile(r"(^|_)routers?(_|$)", re.IGNORECASE)
 _GATE = re.compile(r"(^|_)(gates?|gating)$", re.IGNORECASE)
 _TABLE = re.compile(r"embed|table|codebook|codevector|(^|_)(emb|pos)(_|$)", re.IGNORECASE)
@@ -78,21 +83,21 @@ def _candidate(sites: Sequence[Site], heads: dict[int, str], stems: dict[int, st
     names = tuple(dict.fromkeys(site.name for site in sites))
     if len(names) > 1:
         shared = f"{names[1]}" if len(names) == 2 else f"{len(names) - 1} other names"
-        verdict = Verdict(verdict.role, f"{verdict.reason} Shared with {shared}.", verdict.layout)
+        verdict = dataclasses.replace(verdict, reason=f"{verdict.reason} Shared with {shared}.")
     owners = tuple(dict.fromkeys(type(site.owner) for site in sites))
     return Candidate(names, parameter, owners, verdict)
 
 
 def _verdict(site: Site, heads: dict[int, str], stems: dict[int, str]) -> Verdict:
     """What one site makes of its parameter; the order of the questions is the order of certainty."""
-    owner, parameter, kind = site.owner, site.parameter, _kind(site.owner)
+    owner, parameter, kind = site.owner, site.parameter, class_name(site.owner)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and site.part != "magnitude":
         return Verdict("embedding", "Embedding table." if kind == "Embedding" else f"Embedding table of {kind}.")
     if not parameter.is_floating_point():
         return Verdict("other", f"Not a real floating-point tensor ({parameter.dtype}) of {kind}.")
     if site.part == "magnitude":
         return Verdict("vector", f"Magnitude of a weight-normalised {kind}.")
-    if isinstance(owner, _NORMS) or ("norm" in kind.lower() and parameter.ndim == 1):
+    if isinstance(owner, _NORMS) or ("norm" in type(owner).__name__.lower() and parameter.ndim == 1):
         return Verdict("vector", f"{'Bias' if 'bias' in site.local else 'Gain'} of {kind}.")
     if _BIAS.search(site.local) and "table" not in site.local:
         return Verdict("vector", f"{'Biases, stacked,' if parameter.ndim > 1 else 'Bias'} of {kind}.")
@@ -110,6 +115,14 @@ def _verdict(site: Site, heads: dict[int, str], stems: dict[int, str]) -> Verdic
         return Verdict("vector", f"Vector: {site.local!r} of {kind}{shape}.")
     if layout is None:
         return _raw(site)
+    if site.recipe is not None:
+        return Verdict(
+            "other",
+            f"{class_name(site.recipe)} makes the weight of {kind} of this tensor, so that a step on it is no step on "
+            "the weight. A rule can send it to the matrix group.",
+            layout,
+            unknown=True,
+        )
     if id(parameter) in stems:
         return Verdict("input", stems[id(parameter)], layout)
     return Verdict("hidden", f"{note}.", layout)
@@ -117,17 +130,13 @@ def _verdict(site: Site, heads: dict[int, str], stems: dict[int, str]) -> Verdic
 
 def _layout(site: Site) -> tuple[MatrixLayout | None, str]:
     """How the owner's type reads the tensor as matrices, with a phrase that says so; None if the type is unknown."""
-    owner, shape, kind = site.owner, site.parameter.shape, _kind(site.owner)
-    if site.local == "weight" and linear_shape(owner) is not None and len(shape) == 2:
-        transposed = is_hf_conv1d(owner)
-        fan_in, fan_out = shape if transposed else reversed(shape)
-        blocks = fused_blocks(site.owner_name, site.parent, fan_out, fan_in)
-        note = f"Weight of {kind}{', stored transposed' if transposed else ''}{blocks.note and f', {blocks.note}'}"
-        return MatrixLayout(transposed=transposed, split=blocks.split, repeats=blocks.repeats), note
-    if site.local == "weight" and isinstance(owner, _ConvNd):
+    owner, shape, kind = site.owner, site.parameter.shape, class_name(site.owner)
+    if isinstance(owner, _ConvNd) and site.local == "weight":
         groups = 1 if _is_depthwise(owner) else owner.groups
-        note = f"Filters of {kind}, flattened{f', {groups} groups' if groups > 1 else ''}"
-        return MatrixLayout(groups=groups, transposed=owner.transposed), note
+        blocks = fused_blocks(site, owner.out_channels, owner.in_channels) if groups == 1 else Blocks()
+        several = f", {groups} groups" if groups > 1 else blocks.note and f", {blocks.note}"
+        layout = MatrixLayout(groups=groups, transposed=owner.transposed, split=blocks.split, repeats=blocks.repeats)
+        return layout, f"Filters of {kind}, flattened{several}"
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and site.local.startswith("weight"):
         return _recurrent_layout(site)
     if isinstance(owner, nn.MultiheadAttention) and site.local.endswith("_proj_weight"):
@@ -138,16 +147,46 @@ def _layout(site: Site) -> tuple[MatrixLayout | None, str]:
         return MatrixLayout(batch_dims=1), f"Weight of {kind}, one matrix an output"
     if len(shape) == 3 and _is_experts(site):
         return _expert_layout(site)
+    if (stored := stored_map(owner, site.local, shape)) is not None:
+        return _map_layout(site, stored)
+    if isinstance(owner, (nn.ParameterList, nn.ParameterDict)) and site.parents:
+        applied = applied_maps(type(site.parents[-1])).get(site.path[-1])
+        if applied is not None and applied.indexed and len(shape) == 2:
+            how = "stored transposed" if applied.transposed else "stored (fan-out, fan-in)"
+            return MatrixLayout(transposed=applied.transposed), f"{_listed(site)}, which its code applies, {how}"
+    if _is_raw_input_projection(site):
+        return MatrixLayout(split=(shape[1],) * 3), f"Input projection of {kind}, q | k | v"
     if len(shape) == 2 and (_is_router(site) or any(name.startswith("lora_") for name in (*site.path, site.local))):
         return MatrixLayout(), f"Factor of a LoRA adapter, {kind}"
     return None, ""
+
+
+def _is_raw_input_projection(site: Site) -> bool:
+    """Whether this is ``in_proj_weight`` of an attention that is not torch's: fairseq before 0.9 and its copies."""
+    shape, attention = site.parameter.shape, "attention" in type(site.owner).__name__.lower()
+    return site.local == "in_proj_weight" and attention and len(shape) == 2 and shape[0] == 3 * shape[1]
+
+
+def _map_layout(site: Site, stored: StoredMap) -> tuple[MatrixLayout, str]:
+    """A linear map, or a stack of them: the maps that it fuses, and which way it is stored."""
+    shape, kind = site.parameter.shape, class_name(site.owner)
+    transposed = ", stored transposed" if stored.transposed else ""
+    if stored.batch_dims:
+        count = math.prod(shape[: stored.batch_dims])
+        return MatrixLayout(stored.batch_dims, transposed=stored.transposed), f"{count} maps of {kind}{transposed}"
+    fan_in, fan_out = shape if stored.transposed else reversed(shape)
+    weight = site.local == "weight"
+    blocks = fused_blocks(site, fan_out, fan_in) if weight else raw_blocks(site.local, fan_out, fan_in)
+    name = "Weight" if weight else f"Weight {site.local!r}"
+    note = f"{name} of {kind}{transposed}{blocks.note and f', {blocks.note}'}"
+    return MatrixLayout(transposed=stored.transposed, split=blocks.split, repeats=blocks.repeats), note
 
 
 def _recurrent_layout(site: Site) -> tuple[MatrixLayout, str]:
     mode = getattr(site.owner, "mode", type(site.owner).__name__)
     gates = next((count for name, count in _GATES.items() if name in (mode, *_base_names(site.owner))), 1)
     which = {"ih": "Input", "hh": "Recurrent", "hr": "Output"}.get(site.local.split("_")[1], "Recurrent")
-    note = f"{which} weight of {_kind(site.owner)}"
+    note = f"{which} weight of {class_name(site.owner)}"
     if gates == 1 or which == "Output":
         return MatrixLayout(), note
     return MatrixLayout(split=(site.parameter.shape[0] // gates,) * gates), f"{note}, split into {gates} gates"
@@ -155,12 +194,14 @@ def _recurrent_layout(site: Site) -> tuple[MatrixLayout, str]:
 
 def _expert_layout(site: Site) -> tuple[MatrixLayout, str]:
     """(E, m, n), or (E, n, m) where the class or a bias beside the weight says that it is stored transposed."""
-    owner, (_, rows, columns), kind = site.owner, site.parameter.shape, _kind(site.owner)
+    owner, (_, rows, columns), kind = site.owner, site.parameter.shape, class_name(site.owner)
     transposed = getattr(owner, "is_transposed", None)
     if transposed is None and any(base in _TRANSPOSED_EXPERTS for base in _base_names(owner)):
         transposed = True
     if transposed is None:
         transposed = _transposed_by_bias(owner)
+    if transposed is None and (stored := stored_map(owner, site.local, site.parameter.shape)) is not None:
+        transposed = stored.transposed
     blocks = expert_blocks(site.local, owner, columns if transposed else rows)
     note = {True: ", stored transposed", False: "", None: ", read as (experts, fan-out, fan-in)"}[transposed]
     layout = MatrixLayout(1, transposed=bool(transposed), split=blocks.split, repeats=blocks.repeats)
@@ -220,19 +261,24 @@ def _is_vector(parameter: nn.Parameter, layout: MatrixLayout | None) -> bool:
 
 
 def _raw(site: Site) -> Verdict:
-    """A tensor that its module holds itself and whose use no type tells: a table, a token, or anything else."""
-    owner, kind = site.owner, _kind(site.owner)
-    if _TABLE.search(site.local) or _QUANTIZER.search(type(owner).__name__):
-        return Verdict("embedding", f"Table {site.local!r} of {kind}, by its name.")
-    return Verdict(
-        "other", f"Not known to be a matrix: {site.local!r} of {kind}. A rule can send it to the matrix group."
-    )
+    """A tensor that its module holds itself and whose use no type tells: a table, a token, or anything else.
+
+    In a ``ParameterList`` or a ``ParameterDict`` the name of the list speaks, and so does the key in the dictionary.
+    """
+    in_list = isinstance(site.owner, (nn.ParameterList, nn.ParameterDict)) and bool(site.path)
+    names = (site.path[-1], site.local) if in_list else (site.local,)
+    what = _listed(site) if in_list else f"{site.local!r} of {class_name(site.owner)}"
+    holder = site.parents[-1] if in_list else site.owner
+    if in_list and any(map(_BIAS.search, names)) and site.parameter.ndim < 3:
+        return Verdict("vector", f"Biases, stacked, of {what}.")
+    if any(map(_TABLE.search, names)) or _QUANTIZER.search(type(holder).__name__):
+        return Verdict("embedding", f"Table {what}, by its name.")
+    return Verdict("other", f"Not known to be a matrix: {what}. A rule can send it to the matrix group.", unknown=True)
 
 
-def _kind(module: nn.Module) -> str:
-    """The class name for the user, without what parametrization puts before it."""
-    name = type(module).__name__.removeprefix("Parametrized")
-    return "Linear" if name == "NonDynamicallyQuantizableLinear" else name
+def _listed(site: Site) -> str:
+    """An element of a ParameterList or ParameterDict for a sentence."""
+    return f"{site.path[-1]}[{site.local}] of {class_name(site.parents[-1])}"
 
 
 def _base_names(module: nn.Module) -> Iterable[str]:

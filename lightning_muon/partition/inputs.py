@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_muon.partition.heads import linear_shape
+from lightning_muon.partition.linear import linear_shape
 from lightning_muon.partition.sites import Site
 
+_PATCHES = re.compile(r"patch(es)?_(to_)?(embed|proj)", re.IGNORECASE)
 _RAW_CHANNELS = (1, 3, 4)
 _CHANNEL_COUNTS = ("num_channels", "num_mel_bins", "in_channels", "in_chans", "input_channels")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,12 +34,14 @@ def find_input_stems(sites: Sequence[Site]) -> dict[int, str]:
         owner = site.owner
         if site.local != "weight" or site.part == "magnitude":
             continue
-        if isinstance(owner, _CONVS):
+        if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+            widths.add(owner.out_channels)
+        elif isinstance(owner, _CONVS):
             if owner.groups == 1 and (reason := _conv_reason(site, owner.in_channels, widths, first)):
                 stems[id(site.parameter)] = reason
             widths.add(owner.out_channels)
         elif shape := linear_shape(owner):
-            patches = next((part for part in site.parents if "PatchEmbed" in type(part).__name__), None)
+            patches = _patch_embedding(site)
             if patches is not None and id(patches) not in patch_embeddings and shape[0] not in widths:
                 patch_embeddings.add(id(patches))
                 stems[id(site.parameter)] = "Input stem: the first layer of a patch embedding."
@@ -46,6 +50,17 @@ def find_input_stems(sites: Sequence[Site]) -> dict[int, str]:
             widths.add(owner.embedding_dim)
         first = False
     return stems
+
+
+def _patch_embedding(site: Site) -> nn.Module | None:
+    """The patch embedding that a layer is part of: by its class, or by the name of an ``nn.Sequential``."""
+    for name, part in zip((*site.path, ""), (*site.parents, site.owner), strict=True):
+        inner = part._modules.get(name) if name else None
+        if "PatchEmbed" in type(part).__name__:
+            return part
+        if isinstance(inner, nn.Sequential) and _PATCHES.search(name):
+            return inner
+    return None
 
 
 def _conv_reason(site: Site, channels: int, widths: set[int], first: bool) -> str:

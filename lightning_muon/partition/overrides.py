@@ -23,11 +23,13 @@ class Verdict:
         role: what it is; ``"hidden"`` goes to the group ``"matrix"``, all others to ``"other"``.
         reason: a sentence for the user.
         layout: how it would be read as matrices, also where it goes to ``"other"``: a rule may send it to ``"matrix"``.
+        unknown: whether it may be a hidden matrix for all that is known.
     """
 
     role: Role
     reason: str
     layout: MatrixLayout = field(default_factory=MatrixLayout)
+    unknown: bool = False
 
 
 @dataclass
@@ -82,10 +84,18 @@ def collect_changes(rules: Sequence[ParameterRule], candidates: Sequence[Candida
                 change.add(rule)
                 matched = True
         if not matched:
-            names = [name for candidate in candidates for name in candidate.names]
-            owners = [owner.__name__ for candidate in candidates for owner in candidate.owners]
-            raise unmatched(rule, names, [candidate.verdict.role for candidate in candidates], owners)
+            raise _unmatched(rule, candidates)
     return changes
+
+
+def _unmatched(rule: ParameterRule, candidates: Sequence[Candidate]) -> ValueError:
+    ordered = sorted(candidates, key=lambda candidate: candidate.verdict.role == "vector")
+    names: dict[bool, list[str]] = {False: [], True: []}
+    for candidate in candidates:
+        names[candidate.verdict.role == "vector"] += candidate.names
+    owners = dict.fromkeys(owner.__name__ for candidate in ordered for owner in candidate.owners)
+    roles = sorted({candidate.verdict.role for candidate in candidates})
+    return unmatched(rule, names[False], names[True], roles, list(owners))
 
 
 def assign(candidates: Sequence[Candidate], changes: Sequence[Change]) -> list[ParameterAssignment]:
@@ -130,6 +140,7 @@ def _assign(candidate: Candidate, change: Change) -> ParameterAssignment:
         reason=reason,
         options=dict(change.options),
         aliases=candidate.names[1:],
+        unknown=verdict.unknown and change.group is None,
     )
 
 

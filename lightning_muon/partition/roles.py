@@ -165,6 +165,7 @@ class ParameterAssignment:
         options: param-group options set by rules, e.g. ``{"lr": 3e-3}``.
         group_name: name of its param group, e.g. ``"other/embedding"``; unique for each set of options.
         aliases: other names of the same parameter, where modules share it.
+        unknown: whether it goes to ``"other"`` for want of knowledge: it may be a hidden matrix, and no rule decided.
     """
 
     name: str
@@ -176,6 +177,7 @@ class ParameterAssignment:
     options: Mapping[str, Any] = field(default_factory=dict)
     group_name: str = ""
     aliases: tuple[str, ...] = ()
+    unknown: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -242,6 +244,21 @@ class Partition:
             the layout again.
         """
         return {entry.name: _changed_fields(entry.layout) for entry in self if entry.group == "matrix" and entry.layout}
+
+    def warnings(self) -> list[str]:
+        """What a user may not expect: a group ``"matrix"`` that is nearly empty although there may be many matrices.
+
+        Counted are the trainable elements of hidden matrices and of tensors that may be some but are not known to be;
+        embeddings, heads, input stems, routers, vectors, depthwise filters and what a rule sends to ``"other"`` have a
+        reason to be left out and do not count. There is a warning if less than a tenth of these elements is in
+        ``"matrix"``.
+
+        Returns:
+            Sentences, each with the largest tensors left out, why, and the rule that would send them; often none.
+        """
+        from lightning_muon.partition.left_out import left_out
+
+        return left_out(self)
 
     def table(self) -> Table:
         """A Rich table of counts and reasons, one row a pattern of names (``blocks.*.q_proj.weight x12``)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,9 +11,12 @@ from typing import Any, get_args
 
 from torch import nn
 
+from lightning_muon.partition.names import INDEX
 from lightning_muon.partition.roles import Group, Role
 
 _LAYOUT_FIELDS = ("split", "repeats", "transposed", "batch_dims")
+_ALIKE = 0.6
+_VECTOR = re.compile(r"bias|norm|gain|scale|(^|[._])ln", re.IGNORECASE)
 _RESERVED_OPTIONS = ("name", "params", "param_names", "layouts")
 
 
@@ -136,34 +140,65 @@ def near_names(name: str, candidates: Collection[str], limit: int = 5) -> str:
     """
     if not candidates:
         return "There are no names to choose from."
-    tail = name.rpartition(".")[2]
-    close = difflib.get_close_matches(name, candidates, limit, cutoff=0.6)
-    if len(tail) > 2:
-        close += [other for other in candidates if tail in other and other not in close][: limit - len(close)]
-    if close:
+    if close := _close(name, candidates, limit):
         return f"Near names: {', '.join(close)}."
     first = list(candidates)[:limit]
     return f"Names: {', '.join(first)}{', ...' if len(candidates) > len(first) else '.'}"
 
 
-def unmatched(rule: ParameterRule, names: Sequence[str], roles: Sequence[str], owners: Sequence[str]) -> ValueError:
+def unmatched(
+    rule: ParameterRule, weights: Sequence[str], vectors: Sequence[str], roles: Sequence[str], owners: Sequence[str]
+) -> ValueError:
     """The error for a rule that selects no parameter, with what it might have meant.
 
     Args:
         rule: the rule.
-        names: names of all parameters.
+        weights: names of the parameters that are no vectors: these are meant, unless the rule says bias or norm.
+        vectors: names of the others.
         roles: roles that occur among them.
-        owners: class names of the modules that own them.
+        owners: class names of the modules that own them, those of weights first.
     """
     hints = []
-    if rule.pattern is not None and not any(fnmatchcase(name, rule.pattern) for name in names):
-        hints.append(near_names(rule.pattern.replace("*", "").strip("."), names))
+    if rule.pattern is not None and not any(fnmatchcase(name, rule.pattern) for name in (*weights, *vectors)):
+        asked = rule.pattern.replace("*", "").strip(".")
+        likely, others = (vectors, weights) if _VECTOR.search(asked) else (weights, vectors)
+        pool = next((names for names in (likely, others) if _close(asked, _kinds(names), 1)), likely or others)
+        hints.append(near_names(asked, _kinds(pool)))
     if rule.role is not None and rule.role not in roles:
-        hints.append(f"Roles in this module: {', '.join(sorted(set(roles)))}.")
+        hints.append(f"Roles in this module: {', '.join(roles)}.")
     if rule.module_type is not None:
         asked = rule.module_type.__name__ if isinstance(rule.module_type, type) else rule.module_type.rpartition(".")[2]
         if asked not in owners:
-            hints.append(f"Modules with parameters: {near_names(asked, sorted(set(owners)))}")
+            hints.append(f"Modules with parameters: {near_names(asked, owners)}")
     if not hints:
         hints.append("Each selector matches some parameter, but no parameter matches all of them.")
     return ValueError(f"{rule} matches no parameter. {' '.join(hints)}")
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    """The first of the names that differ by indices only: one for the like layers of all blocks."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(INDEX.sub("*", name), name)
+    return list(first.values())
+
+
+def _close(name: str, candidates: Collection[str], limit: int) -> list[str]:
+    """The candidates that are like a name, or have a part that is, closest first."""
+    scores = {candidate: _likeness(name, candidate) for candidate in candidates}
+    close = [candidate for candidate in candidates if scores[candidate] >= _ALIKE]
+    return sorted(close, key=lambda candidate: -scores[candidate])[:limit]
+
+
+def _likeness(name: str, candidate: str) -> float:
+    """Between 0 and 1: that of the names, or of as many segments of the candidate as the name has."""
+    tail = name.rpartition(".")[2]
+    parts, count = candidate.split("."), name.count(".") + 1
+    runs = {".".join(parts[start : start + count]) for start in range(len(parts) - count + 1)}
+    matcher = difflib.SequenceMatcher(b=name)
+    best = float(len(tail) > 2 and tail in candidate) * _ALIKE
+    for run in (candidate, *runs):
+        matcher.set_seq1(run)
+        if matcher.real_quick_ratio() > best:
+            best = max(best, matcher.ratio())
+    return best

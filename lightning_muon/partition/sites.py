@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -17,6 +18,8 @@ WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modul
 _WRAPPER_TYPES = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 _FABRIC_NAMES = {"_forward_module", "_original_module"}
 _ADAPTER_NAMES = {"base_layer", "original_module", "modules_to_save"}
+# Parametrizations under which the trained tensor still is a matrix: they rescale it, add to it or mask it.
+_SAFE_PARAMETRIZATIONS = re.compile(r"weight_?norm|spectral_?norm|lora|mask|prun|spars", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class Site:
         parents: the modules around the owner, outermost first, one for each name in ``path``.
         local: what the owner calls the tensor, e.g. ``"weight"`` also where it is stored as ``weight_v``.
         part: which part of a weight-normalised tensor this is; empty for a tensor that is stored as it is.
+        recipe: the parametrization that makes the layer's weight of this tensor, where the tensor is no weight itself.
     """
 
     parameter: nn.Parameter
@@ -40,6 +44,7 @@ class Site:
     parents: tuple[nn.Module, ...]
     local: str
     part: Literal["", "direction", "magnitude"] = ""
+    recipe: nn.Module | None = None
 
     @property
     def owner_name(self) -> str:
@@ -54,7 +59,9 @@ class Site:
     def _outside_adapters(self) -> tuple[str, nn.Module | None]:
         for depth in range(len(self.path) - 1, -1, -1):
             inside_dict = depth > 0 and self.path[depth - 1] in _ADAPTER_NAMES
-            if self.path[depth] not in _ADAPTER_NAMES and not inside_dict:
+            # litgpt keeps the layer under LoRA as ``linear``.
+            inside_lora = self.path[depth] == "linear" and type(self.parents[depth]).__name__.startswith("LoRA")
+            if self.path[depth] not in _ADAPTER_NAMES and not inside_dict and not inside_lora:
                 return self.path[depth], self.parents[depth]
         return "", None
 
@@ -96,10 +103,18 @@ def _site(
         part: Literal["", "direction", "magnitude"] = ""
         if any(isinstance(parametrization, _WeightNorm) for parametrization in module):
             part = "magnitude" if tensor_name == "original0" else "direction"
-        return Site(parameter, name, owner, path[:-2], parents[:-2], local, part)
+        recipe = next((recipe for recipe in module if not _is_safe(recipe)), None)
+        return Site(parameter, name, owner, path[:-2], parents[:-2], local, part, recipe)
     for suffix, part in (("_g", "magnitude"), ("_v", "direction")):
         stem = tensor_name.removesuffix(suffix)
         if stem != tensor_name and {f"{stem}_g", f"{stem}_v"} <= module._parameters.keys():
             return Site(parameter, name, module, path, parents, stem, part)
     # The older spectral norm and pruning keep the weight as weight_orig.
     return Site(parameter, name, module, path, parents, tensor_name.removesuffix("_orig"))
+
+
+def _is_safe(recipe: nn.Module) -> bool:
+    """Whether a parametrization leaves what is trained a matrix like the weight: a scale, a sum or a mask."""
+    if isinstance(recipe, (_WeightNorm, _SpectralNorm)):
+        return True
+    return any(_SAFE_PARAMETRIZATIONS.search(base.__name__) for base in type(recipe).__mro__)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_muon.partition.names import ParameterName
+from lightning_muon.partition.names import INDEX, ParameterName
 from lightning_muon.partition.roles import ParameterAssignment, Partition
 
-_INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=_l)\d+")
 _SHAPES_SHOWN = 2
 
 
@@ -25,7 +23,7 @@ def partition_table(partition: Partition) -> Table:
     """
     rows: dict[tuple[str, ...], list[ParameterAssignment]] = {}
     for entry in partition:
-        pattern = "" if entry.role == "vector" else _INDEX.sub("*", entry.name)
+        pattern = "" if entry.role == "vector" else INDEX.sub("*", entry.name)
         key = (pattern, entry.role, entry.group_name, entry.reason, str(entry.frozen))
         rows.setdefault(key, []).append(entry)
     with_options = any(entry.options for entry in partition)
@@ -51,13 +49,13 @@ def partition_table(partition: Partition) -> Table:
 
 def _pattern(names: Sequence[str]) -> str:
     """The names as one: ``*`` for the indices in which they differ, or for all between a common begin and end."""
-    if len({_INDEX.sub("*", name) for name in names}) > 1:
+    if len({INDEX.sub("*", name) for name in names}) > 1:
         parts = [name.split(".") for name in names]
         start, end = _common(parts), _common([part[::-1] for part in parts])[::-1]
         return ".".join([*start, "*", *end])
-    indices = [_INDEX.findall(name) for name in names]
+    indices = [INDEX.findall(name) for name in names]
     shown = iter([found[0] if len(set(found)) == 1 else "*" for found in zip(*indices, strict=True)])
-    return _INDEX.sub(lambda _: next(shown), names[0])
+    return INDEX.sub(lambda _: next(shown), names[0])
 
 
 def _common(parts: Sequence[Sequence[str]]) -> list[str]:

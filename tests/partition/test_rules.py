@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
 from lightning_muon.partition.rules import near_names
+from tests.partition.modules import Block, Parts
 
 
 class Recommender(nn.Module):
@@ -266,3 +267,33 @@ def test_a_later_rule_may_send_to_other_what_an_earlier_one_gave_a_layout() -> N
     assert partition_parameters(module, [own, ParameterRule(pattern="fused", group="other")])["fused"].group == "other"
     with pytest.raises(ValueError, match="sets a layout, but what it matches goes to the group 'other'"):
         partition_parameters(module, [ParameterRule(pattern="fused", group="other", split=2)])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "first", "absent"),
+    [
+        ("*.atention.in_proj_weight", "blocks.0.attention.in_proj_weight", "bias"),
+        ("embedding.weight", "embed.weight", "bias"),
+        ("*.wieght", "embed.weight", "norm"),
+        ("*.norms.weight", "blocks.0.norm.weight", "embed"),
+        ("*.down.bais", "blocks.0.down.weight", "lm_head.bias"),
+        ("*.nrom.bias", "blocks.0.norm.bias", "weight"),
+        ("head", "lm_head.weight", "bias"),
+        ("something.else", "embed.weight", "bias"),
+    ],
+)
+def test_near_names_are_what_a_user_can_mean(pattern, first, absent):
+    """Weights before norms and biases, unless the pattern says one of these; one name for the like layers of blocks."""
+    model = Parts(embed=nn.Embedding(30, 16), blocks=nn.Sequential(Block(16), Block(16)), lm_head=nn.Linear(16, 30))
+    with pytest.raises(ValueError, match="matches no parameter") as error:
+        partition_parameters(model, [ParameterRule(pattern=pattern, group="other")])
+    listed = str(error.value).partition("ames: ")[2]
+    assert listed.startswith(first)
+    assert absent not in listed
+    assert "blocks.1" not in listed
+
+
+def test_near_classes_are_owners_of_weights_first():
+    model = Parts(norm=nn.LayerNorm(16), body=nn.Linear(16, 16), embed=nn.Embedding(9, 16))
+    with pytest.raises(ValueError, match=r"Modules with parameters: Names: Linear, Embedding, LayerNorm\."):
+        partition_parameters(model, [ParameterRule(module_type="Conv2d", group="other")])

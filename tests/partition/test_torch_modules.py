@@ -98,7 +98,7 @@ def test_normalised_weights():
         lstm.weight_ih_l0 x1 hidden 4 of 16 x 16
         lstm.bias_* x2 vector
         spectral.weight_orig x1 hidden 16 x 16
-        orthogonal.parametrizations.weight.original x1 hidden 16 x 16
+        orthogonal.parametrizations.weight.original x1 other
         out.weight x1 head
         *.bias x5 vector
         """,

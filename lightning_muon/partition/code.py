@@ -1,0 +1,311 @@
+"""What the code of a class does with its tensors: which of them it applies as linear maps, and from which side.
+
+Read from the source of the class; nothing is run. Only plain uses count: ``F.linear(x, w)``,
+``x @ w``, ``torch.matmul(x, w)`` (or ``mm``, ``addmm``) and ``einsum`` of two operands, where ``w`` is
+``self.name``, ``self.name[i]``, an element of a loop over ``self.name``, a local name for one of these, or its
+transpose.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import linecache
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+_CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous"}
+_FLIPS = {"t", "T", "mT", "transpose"}
+_EQUATION = re.compile(r"^([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)$")
+# Rows of such tensors are things that inputs are compared with: x @ self.keys.T is no layer.
+_ROWS = re.compile(
+    r"(^|_)(keys?|quer(y|ies)|mem|memory|memories|prototypes?|cent(er|roid)s?|anchors?|slots?|tokens?|latents?|atoms?)(_|$)",
+    re.IGNORECASE,
+)
+
+
+ONLY_MAP = ""
+"""Key of what is known of the only map of a class, where the code does not tell its name."""
+
+
+class Applied(NamedTuple):
+    """How code applies a tensor.
+
+    Args:
+        transposed: whether the tensor is (fan-in, fan-out): multiplied from the right as it is.
+        indexed: whether the code applies elements of it, one at a time: a stack or a list of maps.
+    """
+
+    transposed: bool
+    indexed: bool
+
+
+class Fused(NamedTuple):
+    """Into how many equal parts code cuts a layer's output, and along which dimension; None if that is no constant."""
+
+    parts: int
+    dim: int | None
+
+
+def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
+    """The attributes of a module's class that its methods apply as linear maps, always in the same way."""
+    uses: dict[str, set[Applied]] = {}
+    for base in owner.__mro__:
+        if base.__module__.partition(".")[0] in {"torch", "builtins", "lightning", "pytorch_lightning"}:
+            continue
+        for name, applied in _uses_in(base):
+            uses.setdefault(name, set()).add(applied)
+    return {name: next(iter(found)) for name, found in uses.items() if len(found) == 1}
+
+
+def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
+    """The layers of a module's class whose output its methods cut into equal parts: several maps fused in one.
+
+    ``self.name(x).chunk(3, dim=-1)`` or ``torch.chunk``, also by way of a local name, and ``F.glu``, which is two.
+    """
+    found: dict[str, set[Fused]] = {}
+    for base in owner.__mro__:
+        if base.__module__.partition(".")[0] not in {"torch", "builtins", "lightning", "pytorch_lightning"}:
+            for name, fused in _cuts_in(base):
+                found.setdefault(name, set()).add(fused)
+    return {name: next(iter(fused)) for name, fused in found.items() if len(fused) == 1}
+
+
+@functools.lru_cache(maxsize=4096)
+def _cuts_in(base: type) -> tuple[tuple[str, Fused], ...]:
+    return tuple({cut for method in _methods(base) for cut in _cuts_in_method(method)})
+
+
+def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Fused]]:
+    """Cuts of what ``self.name(...)`` returned, in the order of the lines, for names may be bound again."""
+    arguments = [*method.args.posonlyargs, *method.args.args]
+    self_name = arguments[0].arg if arguments else ""
+    made: dict[str, str] = {}
+    for statement in sorted((n for n in ast.walk(method) if isinstance(n, ast.stmt)), key=lambda n: n.lineno):
+        if isinstance(
+            statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.For, ast.While, ast.If, ast.With, ast.Try)
+        ):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call) and (cut := _cut(node)) is not None:
+                source, fused = cut
+                name = made.get(source.id, "") if isinstance(source, ast.Name) else _called(source, self_name)
+                if name:
+                    yield name, fused
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    made[target.id] = _called(statement.value, self_name)
+
+
+def _cut(call: ast.Call) -> tuple[ast.expr, Fused] | None:
+    """(what is cut, how) of a call that cuts a tensor into equal parts."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    arguments = list(call.args)
+    if name == "chunk" and isinstance(function, ast.Attribute) and not _is_module_of_torch(function.value):
+        arguments = [function.value, *arguments]
+    if name == "glu" and arguments:
+        return arguments[0], Fused(2, _constant(arguments[1] if len(arguments) > 1 else named.get("dim"), -1))
+    if name != "chunk" or not arguments:
+        return None
+    count = _constant(arguments[1] if len(arguments) > 1 else named.get("chunks"), None)
+    dim = _constant(arguments[2] if len(arguments) > 2 else named.get("dim"), 0)
+    return (arguments[0], Fused(count, dim)) if count is not None and count > 1 else None
+
+
+def _called(node: ast.expr, self_name: str) -> str:
+    """``name`` of ``self.name(...)``; empty for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        value = node.func.value
+        return node.func.attr if isinstance(value, ast.Name) and value.id == self_name else ""
+    return ""
+
+
+def _constant(node: ast.expr | None, default: int | None) -> int | None:
+    """An integer in code, the default where the argument is left out, None for anything else."""
+    if node is None:
+        return default
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _is_module_of_torch(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in {"torch", "th"}
+
+
+def _methods(base: type) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The methods of a class, but for ``__init__``, as far as their files can be read."""
+    found = []
+    for method in vars(base).values():
+        if inspect.isfunction(method) and method.__name__ != "__init__":
+            code = inspect.unwrap(method).__code__
+            node = _functions_in(code.co_filename).get(code.co_firstlineno)
+            if node is not None and node.name == code.co_name:
+                found.append(node)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _functions_in(filename: str) -> dict[int, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file, or of a cell of a notebook, by their first lines."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return {}
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return {min([node.lineno, *(mark.lineno for mark in node.decorator_list)]): node for node in functions}
+
+
+@functools.lru_cache(maxsize=4096)
+def _uses_in(base: type) -> tuple[tuple[str, Applied], ...]:
+    methods = _methods(base)
+    if not methods:
+        return _uses_in_bytecode(base)
+    return tuple(sorted({use for method in methods for use in _uses_in_method(method)}))
+
+
+def _uses_in_bytecode(base: type) -> tuple[tuple[str, Applied], ...]:
+    """What a class without a source (typed at a prompt, or piped in) does with its only map: products of one kind."""
+    names: set[str] = set()
+    products = False
+    for method in vars(base).values():
+        if not inspect.isfunction(method) or method.__name__ == "__init__":
+            continue
+        names |= set(method.__code__.co_names)
+        products |= any(
+            "MATRIX_MULTIPLY" in line.opname or line.argrepr == "@" for line in dis.get_instructions(method)
+        )
+    products |= not names.isdisjoint({"matmul", "mm", "addmm"})
+    if products == ("linear" in names):
+        return ()
+    return ((ONLY_MAP, Applied(transposed=products and names.isdisjoint(_FLIPS), indexed=False)),)
+
+
+def _uses_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Applied]]:
+    arguments = [*method.args.posonlyargs, *method.args.args]
+    if not arguments:
+        return
+    reader = _Reader(arguments[0].arg, method)
+    for node in ast.walk(method):
+        for left, right, from_right in _products(node):
+            found = reader.tensor(right)
+            if found is None or reader.tensor(left) is not None or _is_one_hot(left):
+                continue
+            if "basis" in found.name or (_ROWS.search(found.name) and found.flipped == from_right):
+                continue
+            yield found.name, Applied(transposed=from_right != found.flipped, indexed=found.indexed)
+
+
+def _is_one_hot(node: ast.expr) -> bool:
+    """Whether an input selects rows of the tensor, which makes a table of it."""
+    names = (getattr(part, "attr", getattr(part, "id", "")) for part in ast.walk(node))
+    return any(isinstance(name, str) and "onehot" in name.lower().replace("_", "") for name in names)
+
+
+def _products(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, bool]]:
+    """(input, map, whether the map is multiplied from the right as it is stored) of a product."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+        yield node.left, node.right, True
+    if not isinstance(node, ast.Call):
+        return
+    function, arguments = node.func, node.args
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name == "linear" and len(arguments) >= 2:
+        yield arguments[0], arguments[1], False
+    elif name in {"matmul", "mm", "bmm", "dot"} and len(arguments) == 2:
+        yield arguments[0], arguments[1], True
+    elif name in {"matmul", "mm", "bmm"} and len(arguments) == 1 and isinstance(function, ast.Attribute):
+        yield function.value, arguments[0], True
+    elif name == "addmm" and len(arguments) == 3:
+        yield arguments[1], arguments[2], True
+    elif name == "einsum" and len(arguments) == 3 and isinstance(arguments[0], ast.Constant):
+        direction = _direction(str(arguments[0].value).replace(" ", ""))
+        if direction is not None:
+            yield arguments[1], arguments[2], direction
+
+
+def _direction(equation: str) -> bool | None:
+    """Whether the second operand of an einsum is a map from the right, (..., fan-in, fan-out); None if it is no map."""
+    parts = _EQUATION.match(equation)
+    if parts is None:
+        return None
+    inputs, weight, outputs = parts.groups()
+    kinds = "".join(
+        {(True, False): "i", (False, True): "o", (True, True): "b"}.get((letter in inputs, letter in outputs), "?")
+        for letter in weight
+    )
+    return {"io": True, "oi": False}.get(kinds.lstrip("b"))
+
+
+class _Held(NamedTuple):
+    """A tensor of ``self`` in an expression: its name, whether it is transposed, whether it is an element of that."""
+
+    name: str
+    flipped: bool = False
+    indexed: bool = False
+
+
+class _Reader:
+    """Reads the expressions of one method; local names that stand for one tensor throughout the method are known."""
+
+    def __init__(self, self_name: str, method: ast.AST) -> None:
+        self._self = self_name
+        self._names: dict[str, _Held] = {}
+        values: dict[str, list[_Held | None]] = {}
+        for node in ast.walk(method):
+            for name, value in self._bound(node):
+                values.setdefault(name, []).append(value)
+        self._names = {name: found[0] for name, found in values.items() if len(found) == 1 and found[0] is not None}
+
+    def tensor(self, node: ast.expr) -> _Held | None:
+        """What an expression holds, if it is a tensor of ``self``, its transpose, a cast or an element of it."""
+        if isinstance(node, ast.Name):
+            return self._names.get(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            held = self.tensor(node.func.value)
+            if held is None or node.func.attr in _CASTS:
+                return held
+            return held._replace(flipped=not held.flipped) if node.func.attr in _FLIPS else None
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == self._self:
+                return _Held(node.attr)
+            held = self.tensor(node.value)
+            return held._replace(flipped=not held.flipped) if held is not None and node.attr in _FLIPS else None
+        if isinstance(node, ast.Subscript) and not isinstance(node.slice, (ast.Slice, ast.Tuple)):
+            held = self.tensor(node.value)
+            return held._replace(indexed=True) if held is not None and not held.indexed else None
+        return None
+
+    def _bound(self, node: ast.AST) -> Iterator[tuple[str, _Held | None]]:
+        """Names that a statement binds."""
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, self.tensor(node.value)
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)) and isinstance(node.target, ast.Name):
+            yield node.target.id, None
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            yield from self._looped(node.target, node.iter)
+
+    def _looped(self, target: ast.expr, iterated: ast.expr) -> Iterator[tuple[str, _Held | None]]:
+        """``w in self.ws``, ``i, w in enumerate(self.ws)``, ``w, b in zip(self.ws, self.bs)``."""
+        if isinstance(iterated, ast.Call) and isinstance(target, ast.Tuple):
+            called = getattr(iterated.func, "id", "")
+            if called == "enumerate" and len(target.elts) == 2 and iterated.args:
+                yield from self._looped(target.elts[1], iterated.args[0])
+            elif called == "zip" and len(target.elts) == len(iterated.args):
+                for element, source in zip(target.elts, iterated.args, strict=True):
+                    yield from self._looped(element, source)
+        elif isinstance(target, ast.Name):
+            held = self.tensor(iterated)
+            yield target.id, held._replace(indexed=True) if held is not None and not held.indexed else None

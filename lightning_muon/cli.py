@@ -9,14 +9,20 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, OptimizerCallable
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from lightning_muon import spectra
 from lightning_muon.callbacks import PartitionSummary
-from lightning_muon.mixin import MatrixOptimizerCallable, MuonMixin, add_matrix_layouts, configure_hybrid_optimizer
+from lightning_muon.mixin import (
+    MatrixOptimizerCallable,
+    MuonMixin,
+    OtherOptimizerCallable,
+    add_matrix_layouts,
+    configure_hybrid_optimizer,
+)
 from lightning_muon.partition import ParameterRule
 from lightning_muon.schedules import Schedule
 
@@ -168,7 +174,7 @@ _EPILOG = (
 
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "matrix_optimizer": (MatrixOptimizerCallable | None, "Optimizer of the hidden matrices; Muon unless given."),
-    "other_optimizer": (OptimizerCallable | None, "Optimizer of all other parameters; AdamW unless given."),
+    "other_optimizer": (OtherOptimizerCallable | None, "Optimizer of all other parameters; AdamW unless given."),
     "schedule": (Schedule | None, "Multiplier of all learning rates; constant unless given."),
     "parameter_rules": (list[ParameterRule] | None, "Where parameters go, on top of what is found by itself."),
 }

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import AdamW
 
 from lightning_muon.callbacks.create_graph import CreateGraph
 from lightning_muon.callbacks.optimizer_modes import OptimizerModes
-from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
+from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon
 from lightning_muon.optim.foreign import differentiates_gradients, has_modes
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
 from lightning_muon.partition.roles import LAYOUTS_KEY
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
 else:
     _ModuleMethods = object
 
-# Optimizers of this package come first, so that on a command line the bare name Muon is not taken for torch.optim.Muon.
-MatrixOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
+# On a command line jsonargparse takes arguments that are given without a class for those of the first return type: of
+# Muon and AdamW. The default stays None, as another class would inherit the arguments of a default. Optimizers of this
+# package come before all others, so that the bare name Muon is not taken for torch.optim.Muon.
+MatrixOptimizerCallable: TypeAlias = (
+    Callable[[Iterable[Any]], Muon] | Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
+)
+OtherOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], AdamW] | OptimizerCallable
 
 
 class MuonMixin(_ModuleMethods):
@@ -67,7 +73,7 @@ class MuonMixin(_ModuleMethods):
 
     # Class-level defaults serve modules that never call MuonMixin.__init__.
     matrix_optimizer: MatrixOptimizerCallable | None = None
-    other_optimizer: OptimizerCallable | None = None
+    other_optimizer: OtherOptimizerCallable | None = None
     schedule: Schedule | None = None
     parameter_rules: Sequence[ParameterRule] = ()
 
@@ -75,7 +81,7 @@ class MuonMixin(_ModuleMethods):
         self,
         *args: Any,
         matrix_optimizer: MatrixOptimizerCallable | None = None,
-        other_optimizer: OptimizerCallable | None = None,
+        other_optimizer: OtherOptimizerCallable | None = None,
         schedule: Schedule | None = None,
         parameter_rules: list[ParameterRule] | None = None,
         **kwargs: Any,
@@ -151,7 +157,7 @@ class MuonMixin(_ModuleMethods):
 def configure_hybrid_optimizer(
     module: LightningModule,
     matrix_optimizer: MatrixOptimizerCallable | None = None,
-    other_optimizer: OptimizerCallable | None = None,
+    other_optimizer: OtherOptimizerCallable | None = None,
     schedule: Schedule | None = None,
     parameter_rules: Sequence[ParameterRule] = (),
 ) -> OptimizerLRScheduler:

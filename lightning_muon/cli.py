@@ -79,7 +79,7 @@ class MuonCLI(LightningCLI):
     * Plain ``LightningCLI``'s ``--optimizer`` and ``--lr_scheduler`` are not there.
     * What is wrong with the command line is said in a few lines, with near names, and exit code 2. What the package or
       Lightning refuses later, as a rule that matches nothing, ends in one ``error: ...`` and exit code 1; where
-      ``args`` is given, it is raised. ``JSONARGPARSE_DEBUG=1`` shows all of it.
+      ``args`` is given, it is raised. ``LIGHTNING_MUON_FULL_ERRORS=1`` shows all of it.
     * The config of a run is saved as ``config-v1.yaml`` where ``config.yaml`` is of an earlier run: without a logger.
 
     Args:
@@ -141,7 +141,12 @@ class MuonCLI(LightningCLI):
             group.add_argument(f"--{name}", type=annotation, default=None, help=SETTINGS[name].replace("%s", name))
         if isinstance(parser, MuonArgumentParser):
             parser.add_plain_options()
-        (parser.groups or {})["trainer"].title = TRAINER_TITLE
+        groups = parser.groups or {}
+        groups["trainer"].title = TRAINER_TITLE  # of their own they have the first lines of docstrings
+        if self.subclass_mode_model:
+            groups["model"].title = "Model"
+        if self.subclass_mode_data:
+            groups["data"].title = "Data"
         model_key = "model.init_args" if self.subclass_mode_model else "model"
         known = parser.get_defaults()
         for name in self.links:

@@ -27,9 +27,11 @@ def short_faults(packages: Sequence[str], ends: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if debugging():
+            raise
         cause = _without_layers(error)
-        if ends and not debugging() and _is_refusal(cause, packages):
-            sys.stderr.write(f"error: {cause}\nJSONARGPARSE_DEBUG=1 shows the traceback.\n")
+        if ends and _is_refusal(cause, packages):
+            sys.stderr.write(f"error: {cause}\nLIGHTNING_MUON_FULL_ERRORS=1 shows the traceback.\n")
             raise SystemExit(1) from cause
         if cause is error:
             raise

@@ -28,7 +28,7 @@ class MuonArgumentParser(LightningArgumentParser):
     """``LightningArgumentParser`` with errors of at most eight lines: the cause and near names.
 
     Options are not abbreviated, so that a wrong one is never taken for another. With the environment variable
-    ``JSONARGPARSE_DEBUG`` errors are raised with the whole report of jsonargparse.
+    ``LIGHTNING_MUON_FULL_ERRORS=1`` the whole report of jsonargparse is printed.
     """
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
@@ -51,7 +51,7 @@ class MuonArgumentParser(LightningArgumentParser):
             explanation = message[:500]
         sys.stderr.write(
             f"error: {explanation}\n"
-            f"`{program} --help` shows the options; JSONARGPARSE_DEBUG=1 shows the whole report.\n"
+            f"`{program} --help` shows the options; LIGHTNING_MUON_FULL_ERRORS=1 shows the whole report.\n"
         )
         self.exit(2)
 
@@ -69,7 +69,9 @@ class MuonArgumentParser(LightningArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Help with the model, the data and the optimizers before the Trainer, in plain words."""
-        groups = self._action_groups
+        groups, usage = self._action_groups, self.usage
+        if usage is None and not self._subcommands():  # 40 lines of Trainer options otherwise
+            self.usage = f"{self.prog.replace(' [options]', '')} [options]"
         self._action_groups = sorted(groups, key=lambda group: group.title == TRAINER_TITLE)
         for action in self._actions:
             name = action.dest.rsplit(".", 1)[-1]
@@ -79,7 +81,7 @@ class MuonArgumentParser(LightningArgumentParser):
         try:
             return _plain(super().format_help(*args, **kwargs))
         finally:
-            self._action_groups = groups
+            self._action_groups, self.usage = groups, usage
 
     def _of_subcommand(self, message: str) -> argparse.ArgumentParser:
         """The parser of the subcommand that the message or the arguments name, or this one."""
@@ -99,7 +101,8 @@ TRAINER_TITLE = "Trainer"
 
 def debugging() -> bool:
     """Whether errors are to be shown in full."""
-    return os.environ.get("JSONARGPARSE_DEBUG", "").lower() not in ("", "0", "false", "no")
+    names = ("LIGHTNING_MUON_FULL_ERRORS", "JSONARGPARSE_DEBUG")
+    return any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in names)
 
 
 def _plain(text: str) -> str:

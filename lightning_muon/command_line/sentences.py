@@ -95,8 +95,8 @@ def _no_class(problem: Problem, found: re.Match[str], parser: argparse.ArgumentP
 
 def _no_member(problem: Problem, found: re.Match[str], parser: argparse.ArgumentParser) -> str:
     module, name = found[1], found[2]
-    given = problem.owner or problem.value or ""
-    what = names.noun(problem.kinds) if given.endswith(f".{name}") else "module"
+    last = any((given or "").endswith(f".{name}") for given in (problem.owner, problem.value))
+    what = names.noun(problem.kinds) if last else "module"
     near = names.did_you_mean(name, names.members(module, problem.kinds), prefix=f"{module}.")
     return f"{_at(problem)}No {what} {name!r} in {module}.{near}"
 
@@ -186,7 +186,8 @@ def _failed_import(problem: Problem, error: BaseException | None) -> str | None:
         frames = extract_tb(error.__traceback__)
         executed = any(frame.name == "<module>" for frame in frames)
         if executed or isinstance(error, SyntaxError):
-            path = problem.owner or problem.value or "The module"
+            given = re.search(r"class_path'?[:=] ?'([^']*)'", problem.value or "")
+            path = problem.owner or (given[1] if given else problem.value) or "The module"
             place = "" if isinstance(error, SyntaxError) else f" ({frames[-1].filename}, line {frames[-1].lineno})"
             return f"{_at(problem)}{path} cannot be imported.\n{type(error).__name__}: {error}{place}"
         error = error.__cause__ or error.__context__

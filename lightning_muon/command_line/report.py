@@ -41,7 +41,7 @@ def read_report(report: str) -> Problem:
 
 def _read(text: str, at: Problem) -> Problem:
     text = dedent(text).strip("\n")
-    text = re.sub(r"\A- Expected a path but [^\n]*\n(?:- )?", "", text)
+    text = re.sub(r"\AValidation failed: |\A- Expected a (?:config )?path but [^\n]*\n(?:- )?", "", text)
     if found := re.match(r'Parser key "([^"]+)"(?: element \d+)?:', text):
         key = ".".join(filter(None, (at.key, found[1].replace(".init_args.", "."))))
         return _read(text[found.end() :].removeprefix(" "), replace(at, key=key, expected=()))

@@ -127,9 +127,8 @@ def _class_needed(problem: Problem, found: re.Match[str], parser: argparse.Argum
     known = names.subclasses(problem.kinds)
     if not known:
         return f"{_at(problem)}{found[1]} is abstract. Give a subclass of it."
-    return (
-        f"{problem.key} needs a class before its arguments: --{problem.key} {known[0]}. There are {', '.join(known)}."
-    )
+    there_are = f" There are {', '.join(known)}." if len(known) <= 25 else ""
+    return f"{problem.key} needs a class before its arguments, as in --{problem.key} {known[0]}.{there_are}"
 
 
 def _required(problem: Problem, found: re.Match[str], parser: argparse.ArgumentParser) -> str:
@@ -243,7 +242,9 @@ _KINDS: tuple[tuple[str, Callable[[Problem, re.Match[str], argparse.ArgumentPars
     (r"Import path ?(\S*) does not correspond to a subclass of (\w+).*", _wrong_base),
     (r"Expected '([^']*)' to be a (?:subclass of|class that instantiates into) (.*)\.", _wrong_base),
     (r"Expected an instantiatable class, but (\S+) is abstract", _class_needed),
+    (r"Not a valid subclass of (\w+)\b.*", _class_needed),
     (r"the following arguments are required: (.*)", _required),
+    (r'Key "([^"]*)" is required but .*', _required),
     (r"File does not exist: '(.*)'", _no_file),
     (r"Path is not a file: '(.*)'", _no_file),
     (r"Problems parsing config: (.*)", _no_yaml),

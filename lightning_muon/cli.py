@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, OptimizerCallable
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_muon import spectra
 from lightning_muon.callbacks import PartitionSummary
-from lightning_muon.configure import MatrixOptimizerCallable
+from lightning_muon.command_line import (
+    MuonArgumentParser,
+    SaveConfigBeside,
+    check_namespace,
+    short_faults,
+    unregistered_name,
+)
+from lightning_muon.command_line.parser import SETTINGS, TRAINER_TITLE
+from lightning_muon.configure import MatrixOptimizerCallable, OtherOptimizerCallable
 from lightning_muon.mixin import MuonMixin
 from lightning_muon.partition import ParameterRule
 from lightning_muon.schedules import Schedule
@@ -35,7 +43,7 @@ def main(args: ArgsType = None) -> None:
     if isinstance(words, list) and words[:1] == ["spectra"]:
         spectra.main(words[1:])
     else:
-        MuonCLI(args=args, parser_kwargs={"epilog": _EPILOG})
+        MuonCLI(args=args, parser_kwargs={"prog": "lightning-muon", "description": _DESCRIPTION, "epilog": _EPILOG})
 
 
 class PartitionTrainer(Trainer):
@@ -55,10 +63,16 @@ class MuonCLI(LightningCLI):
 
     * A module with :class:`MuonMixin` is set up by ``--model.matrix_optimizer``, ``--model.other_optimizer``,
       ``--model.schedule`` and ``--model.parameter_rules``. A module without it takes the same options without
-      ``model.``, and its own ``configure_optimizers`` is replaced.
+      ``model.``, and its own ``configure_optimizers`` is replaced (:class:`UseMuon`).
     * Classes of this package may be given by name: ``--model.matrix_optimizer NorMuon``.
     * ``fit`` prints the partition, unless ``--trainer.enable_model_summary false``; ``partition`` prints it and exits.
+    * Arguments of an optimizer without its class are those of Muon, or of AdamW for ``other_optimizer``:
+      ``--model.matrix_optimizer.lr 3e-3``.
     * Plain ``LightningCLI``'s ``--optimizer`` and ``--lr_scheduler`` are not there.
+    * What is wrong with the command line is said in a few lines, with near names, and exit code 2. What the package or
+      Lightning refuses later, as a rule that matches nothing, ends in one ``error: ...`` and exit code 1; where
+      ``args`` is given, it is raised. ``LIGHTNING_MUON_FULL_ERRORS=1`` shows all of it.
+    * The config of a run is saved as ``config-v1.yaml`` where ``config.yaml`` is of an earlier run: without a logger.
 
     Args:
         model_class: as in ``LightningCLI``; None takes the class from ``--model``.
@@ -67,16 +81,22 @@ class MuonCLI(LightningCLI):
             model takes the argument and the data module has the attribute, its value is handed over, whatever else is
             given for the argument.
         trainer_class: subclass of :class:`PartitionTrainer`.
-        **kwargs: as in ``LightningCLI``, less ``auto_configure_optimizers``.
+        **kwargs: as in ``LightningCLI``, less ``auto_configure_optimizers``. ``parser_class`` is
+            :class:`~lightning_muon.command_line.MuonArgumentParser` and ``save_config_callback``
+            :class:`~lightning_muon.command_line.SaveConfigBeside` unless given.
 
     Raises:
-        TypeError: if ``trainer_class`` is no :class:`PartitionTrainer`.
+        TypeError: if ``trainer_class`` is no :class:`PartitionTrainer`, or a class is of the package
+            ``pytorch_lightning``.
         ValueError: if ``--matrix_optimizer`` and the like are given for a module that has the mixin.
 
     Example::
 
         MuonCLI(SASRec, SyntheticSequences, links=["num_items"])
     """
+
+    refusing_packages: ClassVar[Sequence[str]] = ("lightning_muon", "lightning", "torch.optim")
+    """Packages that check their arguments: what they refuse ends the command line without a traceback."""
 
     def __init__(
         self,
@@ -91,10 +111,14 @@ class MuonCLI(LightningCLI):
             raise TypeError(
                 f"trainer_class must be a subclass of lightning_muon.cli.PartitionTrainer, got {trainer_class}."
             )
+        check_namespace(model_class)
+        check_namespace(datamodule_class)
         self.links = tuple(links)
-        super().__init__(
-            model_class, datamodule_class, trainer_class=trainer_class, auto_configure_optimizers=False, **kwargs
-        )
+        settings = {"parser_class": MuonArgumentParser, "save_config_callback": SaveConfigBeside, **kwargs}
+        with short_faults(self.refusing_packages, ends=kwargs.get("args") is None):
+            super().__init__(
+                model_class, datamodule_class, trainer_class=trainer_class, auto_configure_optimizers=False, **settings
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -105,13 +129,28 @@ class MuonCLI(LightningCLI):
         """Adds Lightning's arguments, the optimizer settings for modules without the mixin, and the links."""
         super().add_core_arguments_to_parser(parser)
         group = parser.add_argument_group("Optimizers of a module without MuonMixin")
-        for name, (annotation, text) in _SETTINGS.items():
-            group.add_argument(f"--{name}", type=annotation, default=None, help=text)
+        for name, annotation in _SETTINGS.items():
+            group.add_argument(f"--{name}", type=annotation, default=None, help=SETTINGS[name].replace("%s", name))
+        if isinstance(parser, MuonArgumentParser):
+            parser.add_plain_options()
+        groups = parser.groups or {}
+        groups["trainer"].title = TRAINER_TITLE  # of their own they have the first lines of docstrings
+        if self.subclass_mode_model:
+            groups["model"].title = "Model"
+        if self.subclass_mode_data:
+            groups["data"].title = "Data"
         model_key = "model.init_args" if self.subclass_mode_model else "model"
         known = parser.get_defaults()
         for name in self.links:
             if self.subclass_mode_model or f"model.{name}" in known:
                 parser.link_arguments(f"data.{name}", f"{model_key}.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the arguments, and refuses a strategy or accelerator that is not known."""
+        super().parse_arguments(parser, args)
+        settings = self.config.get(self.config.get("subcommand") or "", self.config)
+        if sentence := unregistered_name(settings.get("trainer") or {}):
+            parser.error(sentence)
 
     def instantiate_classes(self) -> None:
         """Instantiates model, data and trainer, and gives a model without the mixin its optimizer."""
@@ -166,16 +205,18 @@ class MuonCLI(LightningCLI):
                 vars(self.model).get("_hparams_initial", {}).pop(name, None)
 
 
+_DESCRIPTION = "Train a LightningModule with Muon and its relatives; look at the partition and at spectra."
+
 _EPILOG = (
     "One more subcommand, `lightning-muon spectra CHECKPOINT...`, shows spectral norms, ranks and condition numbers of "
     "the matrices in checkpoints; its options: `lightning-muon spectra --help`."
 )
 
-_SETTINGS: dict[str, tuple[Any, str]] = {
-    "matrix_optimizer": (MatrixOptimizerCallable | None, "Optimizer of the hidden matrices; Muon unless given."),
-    "other_optimizer": (OptimizerCallable | None, "Optimizer of all other parameters; AdamW unless given."),
-    "schedule": (Schedule | None, "Multiplier of all learning rates; constant unless given."),
-    "parameter_rules": (list[ParameterRule] | None, "Where parameters go, on top of what is found by itself."),
+_SETTINGS: dict[str, Any] = {
+    "matrix_optimizer": MatrixOptimizerCallable | None,
+    "other_optimizer": OtherOptimizerCallable | None,
+    "schedule": Schedule | None,
+    "parameter_rules": list[ParameterRule] | None,
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import AdamW
 
 from lightning_muon.callbacks.create_graph import CreateGraph
 from lightning_muon.callbacks.late_parameters import LateParameters
@@ -16,7 +17,7 @@ from lightning_muon.callbacks.partition_summary import PartitionSummary
 from lightning_muon.callbacks.resumed_rates import ResumedRates
 from lightning_muon.callbacks.running import partition_of
 from lightning_muon.callbacks.schedule_length import ScheduleLength, share_of_time, steps_of_run
-from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
+from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon
 from lightning_muon.optim.foreign import differentiates_gradients, has_modes
 from lightning_muon.partition import ParameterRule
 from lightning_muon.partition.roles import LAYOUTS_KEY
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-# Optimizers of this package come first, so that on a command line the bare name Muon is not taken for torch.optim.Muon.
-MatrixOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
+# On a command line jsonargparse takes arguments that are given without a class for those of the first return type: of
+# Muon and AdamW. The default stays None, as another class would inherit the arguments of a default. Optimizers of this
+# package come before all others, so that the bare name Muon is not taken for torch.optim.Muon.
+MatrixOptimizerCallable: TypeAlias = (
+    Callable[[Iterable[Any]], Muon] | Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
+)
+OtherOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], AdamW] | OptimizerCallable
 
 
 def configure_hybrid_optimizer(
     module: LightningModule,
     matrix_optimizer: MatrixOptimizerCallable | None = None,
-    other_optimizer: OptimizerCallable | None = None,
+    other_optimizer: OtherOptimizerCallable | None = None,
     schedule: Schedule | None = None,
     parameter_rules: Sequence[ParameterRule] = (),
 ) -> OptimizerLRScheduler:

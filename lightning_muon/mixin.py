@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import LightningArgumentParser, OptimizerCallable
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
+    OtherOptimizerCallable,
     add_matrix_layouts,
     attached_trainer,
     check_settings,
@@ -80,7 +81,7 @@ class MuonMixin(_ModuleMethods):
 
     # Class-level defaults also serve modules that never call MuonMixin.__init__.
     matrix_optimizer: MatrixOptimizerCallable | None = None
-    other_optimizer: OptimizerCallable | None = None
+    other_optimizer: OtherOptimizerCallable | None = None
     schedule: Schedule | None = None
     parameter_rules: Sequence[ParameterRule] = ()
 
@@ -88,7 +89,7 @@ class MuonMixin(_ModuleMethods):
         self,
         *args: Any,
         matrix_optimizer: MatrixOptimizerCallable | None = None,
-        other_optimizer: OptimizerCallable | None = None,
+        other_optimizer: OtherOptimizerCallable | None = None,
         schedule: Schedule | None = None,
         parameter_rules: list[ParameterRule] | None = None,
         **kwargs: Any,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
+    OtherOptimizerCallable,
     add_matrix_layouts,
     check_settings,
     configure_hybrid_optimizer,
@@ -62,7 +62,7 @@ class UseMuon(Callback):
     def __init__(
         self,
         matrix_optimizer: MatrixOptimizerCallable | None = None,
-        other_optimizer: OptimizerCallable | None = None,
+        other_optimizer: OtherOptimizerCallable | None = None,
         schedule: Schedule | None = None,
         parameter_rules: list[ParameterRule] | None = None,
     ) -> None:

@@ -1,5 +1,6 @@
 """Command lines: plain LightningCLI and MuonCLI, settings from YAML and shell, subcommands, checkpoints, errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_muon import HybridOptimizer, Muon, MuonCLI, ParameterRule
 from lightning_muon import cli as cli_module
 from lightning_muon.callbacks import PartitionSummary
+from lightning_muon.command_line import SaveConfigBeside
 from lightning_muon.schedules import Cosine
 from tests.lightning_helpers import QUIET, Bare, Items, NeedsItems, Net, WithOptimizer, assert_same, weights
 
@@ -117,6 +119,59 @@ def test_a_baseline_has_its_own_defaults(cli):
     assert other["lr"] == 1e-3
 
 
+A = {"lr": 3e-3}  # arguments without a class
+NORMUON = {"class_path": "NorMuon", "init_args": {"weight_decay": 0.3}}
+SGD = "torch.optim.SGD"
+
+
+@pytest.mark.parametrize("by_path", [False, True], ids=["class", "class path"])
+@pytest.mark.parametrize(
+    ("configs", "options", "expected"),
+    [
+        ([], [".lr=3e-3"], ("Muon", 3e-3, 0.1)),
+        ([], [".lr=3e-3", ".weight_decay=0.2"], ("Muon", 3e-3, 0.2)),
+        ([], ["=NorMuon", ".lr=3e-3"], ("NorMuon", 3e-3, 0.1)),
+        ([], [".lr=3e-3", "=NorMuon"], ("NorMuon", 3e-3, 0.1)),
+        ([], [".lr=3e-3", f"={SGD}"], ("SGD", 3e-3, 0.0)),
+        ([A], [], ("Muon", 3e-3, 0.1)),
+        ([A], [".lr=0.5"], ("Muon", 0.5, 0.1)),
+        ([A], [f"={SGD}"], ("SGD", 3e-3, 0.0)),
+        ([NORMUON], [".lr=0.5"], ("NorMuon", 0.5, 0.3)),
+        ([NORMUON, A], [], ("NorMuon", 3e-3, 0.3)),
+        ([A, NORMUON], [], ("NorMuon", 3e-3, 0.3)),
+        ([A, SGD], [], ("SGD", 3e-3, 0.0)),
+        ([SGD, A], [], ("SGD", 3e-3, 0.0)),
+    ],
+    ids=str,
+)
+def test_arguments_without_a_class_are_muons_and_of_no_other_class(configs, options, expected, by_path, tmp_path):
+    """Of the class that is chosen besides, if one is: it keeps its own defaults."""
+    words = [f"--model={HELPERS}.Net"] if by_path else []
+    for number, value in enumerate(configs):
+        settings = {"matrix_optimizer": value}
+        model = {"class_path": f"{HELPERS}.Net", "init_args": settings} if by_path else settings
+        words += ["-c", config_file(tmp_path / f"{number}.yaml", {"model": model})]
+    words += [f"--model.matrix_optimizer{option}" for option in options]
+    module = instantiate(*words, classes=() if by_path else (Net, Items)).model
+    matrix = module.configure_optimizers().optimizers["matrix"]
+    assert (type(matrix).__name__, matrix.defaults["lr"], matrix.defaults["weight_decay"]) == expected
+    assert "momentum" not in matrix.defaults or matrix.defaults["momentum"] == (0.0 if expected[0] == "SGD" else 0.95)
+
+
+@BOTH
+def test_arguments_of_the_other_optimizer_without_a_class_are_adamws(cli):
+    module = run("fit", "--model.other_optimizer.lr=0.5", "--model.matrix_optimizer.lr=0.25", cli=cli).model
+    children = module.configure_optimizers().optimizers
+    assert (type(children["other"]), children["other"].defaults["lr"]) == (torch.optim.AdamW, 0.5)
+    assert (type(children["matrix"]), children["matrix"].defaults["lr"]) == (Muon, 0.25)
+
+
+def test_arguments_without_a_class_at_the_top_level():
+    fitted = run("fit", "--matrix_optimizer.lr", "0.25", "--other_optimizer.lr", "0.5", classes=(Bare, Items))
+    assert (type(child(fitted, "matrix")), child(fitted, "matrix").defaults["lr"]) == (Muon, 0.25)
+    assert (type(child(fitted, "other")), child(fitted, "other").defaults["lr"]) == (torch.optim.AdamW, 0.5)
+
+
 def test_a_class_chosen_over_a_config_takes_over_only_what_the_config_sets(tmp_path):
     """What the file sets is kept where the new class has an argument of that name; that is how jsonargparse merges."""
     config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": {"lr": 0.02}}}}
@@ -142,15 +197,47 @@ def test_rules_of_a_second_config_replace_or_extend(tmp_path):
     assert [rule.pattern or rule.role for rule in module.parameter_rules] == ["*.up.weight", "head"]
 
 
-def test_help_shows_the_settings(capsys):
+@pytest.mark.parametrize("classes", [(Net, Items), ()], ids=["classes", "class paths"])
+def test_help_shows_the_settings_before_the_trainer(classes, capsys):
     with pytest.raises(SystemExit):
-        run("fit", "--help")
+        run("fit", "--help", classes=classes)
     shown = capsys.readouterr().out
     for name in ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules", "parameter_rules+"):
-        assert f"--model.{name} " in shown
+        assert (f"--model.{name} " in shown) == bool(classes)
         assert f"--{name} " in shown
+    assert shown.index("--parameter_rules ") < shown.index("\nTrainer:\n") < shown.index("--trainer.max_epochs ")
     assert "Optimizers of a module without MuonMixin" in shown
-    assert "--optimizer" not in shown
+    assert "Optimizer of the hidden matrices; Muon unless given." in shown
+    for internal in ("--optimizer", ":class:", "``", "PartitionTrainer", "<class"):
+        assert internal not in shown
+
+
+def test_help_of_a_model_class_describes_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        run("fit", f"--model.help={HELPERS}.Net", classes=())
+    assert "Optimizer of the hidden matrices; Muon unless given." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "places"),
+    [
+        ((Net, Items), (), ["model"]),
+        ((Bare, Items), (), [""]),
+        ((), (f"--model={HELPERS}.Net",), ["model.init_args"]),
+        ((), (f"--model={HELPERS}.Bare",), [""]),
+    ],
+)
+def test_settings_appear_once_in_a_printed_config(classes, options, places, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", *options, "--print_config", classes=classes)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    found = []
+    for place in ("", "model", "model.init_args"):
+        section = printed
+        for key in filter(None, place.split(".")):
+            section = section.get(key, {})
+        found += [place] if "matrix_optimizer" in section else []
+    assert found == places
 
 
 def test_saved_config_runs_again(tmp_path):
@@ -166,7 +253,26 @@ def test_saved_config_runs_again(tmp_path):
     assert_same(weights(again.model), weights(first.model))
 
 
-# Errors
+def test_runs_in_one_folder_keep_all_their_configs(tmp_path, capsys):
+    folder = {"logger": False, "default_root_dir": str(tmp_path)}
+    for width in (8, 12, 16):
+        options = {"save_config_callback": SaveConfigBeside, "trainer_defaults": folder}
+        run("fit", f"--model.width={width}", "--trainer.logger=false", **options)
+    names = ("config.yaml", "config-v1.yaml", "config-v2.yaml")
+    assert [yaml.safe_load((tmp_path / name).read_text())["model"]["width"] for name in names] == [8, 12, 16]
+
+
+def test_a_config_is_overwritten_where_that_is_asked_for(tmp_path):
+    for width in (8, 12):
+        MuonCLI(
+            Net, Items, args=["fit", f"--model.width={width}"], save_config_kwargs={"overwrite": True},
+            trainer_defaults={**QUIET, "max_steps": 1, "default_root_dir": str(tmp_path)},
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["config.yaml"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["width"] == 12
+
+
+# Errors: tests/test_cli_errors.py has those of single options and settings
 
 
 def test_optimizer_flag_of_a_plain_lightning_cli_is_refused():
@@ -175,36 +281,9 @@ def test_optimizer_flag_of_a_plain_lightning_cli_is_refused():
 
 
 def test_muon_cli_has_no_optimizer_flag(capsys):
-    assert "unrecognized arguments: --optimizer" in failure(capsys, "fit", "--optimizer=AdamW").lower()
-
-
-@BOTH
-def test_unknown_class_is_named(cli, tmp_path, capsys):
-    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Moun"}}}
-    printed = failure(capsys, "fit", "-c", config_file(tmp_path / "c.yaml", config), cli=cli)
-    assert "model.matrix_optimizer" in printed
-    assert "module 'lightning_muon' has no attribute 'Moun'" in printed
-
-
-@BOTH
-def test_unknown_argument_is_named(cli, tmp_path, capsys):
-    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": {"lrr": 1.0}}}}
-    printed = failure(capsys, "fit", "-c", config_file(tmp_path / "c.yaml", config), cli=cli)
-    assert "model.matrix_optimizer" in printed
-    assert "lrr" in printed
-
-
-def test_unknown_choice_is_named(tmp_path, capsys):
-    init_args = {"method": "quintic"}
-    config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": init_args}}}
-    printed = failure(capsys, "fit", "-c", config_file(tmp_path / "c.yaml", config))
-    assert "method" in printed
-    assert "quintic" in printed
-
-
-def test_unknown_field_of_a_rule_is_named(capsys):
-    printed = failure(capsys, "fit", "--model.parameter_rules=[{'pattern': 'a*', 'groop': 'other'}]")
-    assert "groop" in printed
+    printed = failure(capsys, "fit", "--optimizer=AdamW")
+    assert "No option '--optimizer'" in printed
+    assert "--model.matrix_optimizer or --model.other_optimizer" in printed
 
 
 def test_rule_without_match_is_an_error():
@@ -339,13 +418,10 @@ def test_console_script_finds_modules_in_the_current_directory(tmp_path):
         "        super().__init__()\n"
         "        self.body = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
     )
-    code = (
-        "import sys; sys.path.pop(0); from lightning_muon.cli import main; main(['partition', '--model', 'mine.Model'])"
-    )
-    root = Path(cli_module.__file__).parent.parent
+    root = str(Path(cli_module.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.append({str(root)!r}); {code}"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "lightning_muon", "partition", "--model", "mine.Model"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "body.0.weight" in done.stdout

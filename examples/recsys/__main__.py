@@ -36,6 +36,8 @@ class RecommenderCLI(MuonCLI):
     those that are of use and not of training may be given: ``semantic_ids``, the path of the codes, and ``num_beams``.
     """
 
+    refusing_packages = (*MuonCLI.refusing_packages, "examples")
+
     test_metrics: Mapping[str, float]
     baseline_metrics: Mapping[str, float]
 
@@ -132,6 +134,7 @@ def main(args: ArgsType = None, run: bool = True) -> RecommenderCLI:
         links=["num_items", "max_length", "mask_history"],
         subclass_mode_model=True,
         subclass_mode_data=True,
+        parser_kwargs={"prog": "python -m examples.recsys", "description": "Train and judge recommenders."},
         args=args,
         run=run,
     )

@@ -138,12 +138,8 @@ def near_names(name: str, candidates: Collection[str], limit: int = 5) -> str:
 
         near_names("encoder.wieght", ["encoder.weight", "encoder.bias"])   # "Near names: encoder.weight, encoder.bias."
     """
-    if not candidates:
-        return "There are no names to choose from."
-    if close := _close(name, candidates, limit):
-        return f"Near names: {', '.join(close)}."
-    first = list(candidates)[:limit]
-    return f"Names: {', '.join(first)}{', ...' if len(candidates) > len(first) else '.'}"
+    # Of names alike the last in the alphabet first, as difflib has it: the latest of numbered ones.
+    return _sentence(_close(name, sorted(candidates, reverse=True)), candidates, limit)
 
 
 def unmatched(
@@ -162,14 +158,14 @@ def unmatched(
     if rule.pattern is not None and not any(fnmatchcase(name, rule.pattern) for name in (*weights, *vectors)):
         asked = rule.pattern.replace("*", "").strip(".")
         likely, others = (vectors, weights) if _VECTOR.search(asked) else (weights, vectors)
-        pool = next((names for names in (likely, others) if _close(asked, _kinds(names), 1)), likely or others)
-        hints.append(near_names(asked, _kinds(pool)))
+        pool = next((names for names in (likely, others) if _close(asked, _kinds(names))), likely or others)
+        hints.append(_sentence(_close(asked, _kinds(pool)), _kinds(pool)))
     if rule.role is not None and rule.role not in roles:
         hints.append(f"Roles in this module: {', '.join(roles)}.")
     if rule.module_type is not None:
         asked = rule.module_type.__name__ if isinstance(rule.module_type, type) else rule.module_type.rpartition(".")[2]
         if asked not in owners:
-            hints.append(f"Modules with parameters: {near_names(asked, owners)}")
+            hints.append(f"Modules with parameters: {_sentence(_close(asked, owners), owners)}")
     if not hints:
         hints.append("Each selector matches some parameter, but no parameter matches all of them.")
     return ValueError(f"{rule} matches no parameter. {' '.join(hints)}")
@@ -183,11 +179,20 @@ def _kinds(names: Sequence[str]) -> list[str]:
     return list(first.values())
 
 
-def _close(name: str, candidates: Collection[str], limit: int) -> list[str]:
-    """The candidates that are like a name, or have a part that is, closest first."""
+def _sentence(close: Sequence[str], names: Collection[str], limit: int = 5) -> str:
+    if not names:
+        return "There are no names to choose from."
+    if close:
+        return f"Near names: {', '.join(close[:limit])}."
+    first = list(names)[:limit]
+    return f"Names: {', '.join(first)}{', ...' if len(names) > len(first) else '.'}"
+
+
+def _close(name: str, candidates: Sequence[str]) -> list[str]:
+    """The candidates that are like a name, or have a part that is, closest first, else in their order."""
     scores = {candidate: _likeness(name, candidate) for candidate in candidates}
-    close = [candidate for candidate in candidates if scores[candidate] >= _ALIKE]
-    return sorted(close, key=lambda candidate: -scores[candidate])[:limit]
+    close = [candidate for candidate in scores if scores[candidate] >= _ALIKE]
+    return sorted(close, key=lambda candidate: -scores[candidate])
 
 
 def _likeness(name: str, candidate: str) -> float:

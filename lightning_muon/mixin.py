@@ -21,7 +21,7 @@ from lightning_muon.configure import (
 )
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
-from lightning_muon.replaced import look_at, optimizers_in, own_method, replacement_notice
+from lightning_muon.replaced import Replacement, configure_in_place_of, optimizers_in, own_method
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -152,23 +152,16 @@ class MuonMixin(_ModuleMethods):
         vars(self)[_REACHED] = True
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
         _warn_of_inner_settings(self)
-        method = own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None
-        own = None if method is None else look_at(self, method, by="MuonMixin")
-        configured = configure_hybrid_optimizer(
-            self, self.matrix_optimizer, self.other_optimizer, self.schedule, self.parameter_rules
+        keep = (
+            f"define configure_optimizers in {type(self).__name__}, take the optimizer from "
+            "super().configure_optimizers() and return it with your scheduler"
         )
-        if own is not None:
-            rank_zero_warn(
-                replacement_notice(
-                    own,
-                    configured,
-                    by="MuonMixin",
-                    settings="matrix_optimizer, other_optimizer and schedule",
-                    keep=f"define configure_optimizers in {type(self).__name__}, take the optimizer from "
-                    "super().configure_optimizers() and return it with your scheduler",
-                )
-            )
-        return configured
+        return configure_in_place_of(
+            own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None,
+            self,
+            Replacement("MuonMixin", "matrix_optimizer, other_optimizer and schedule", keep),
+            **{name: getattr(self, name) for name in SETTINGS},
+        )
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Nothing to add; the first hook of a run, used to refuse an optimizer that would replace this one unseen."""

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muon.configure import configure_hybrid_optimizer
 from lightning_muon.optim import HybridOptimizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 _PLAIN = (bool, int, float, str)
 
@@ -46,6 +49,43 @@ def optimizers_in(configured: Any) -> tuple[list[Optimizer], list[Any]]:
     if callable(getattr(configured, "step", None)):
         return [], [configured]
     return [], []
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of a ``configure_optimizers``, in the words of the messages.
+
+    Args:
+        by: e.g. ``"UseMuon"``.
+        settings: names of the settings that count now.
+        keep: how to keep a scheduler of one's own.
+    """
+
+    by: str
+    settings: str
+    keep: str
+
+
+def configure_in_place_of(
+    method: Callable[..., Any] | None, module: LightningModule, replacement: Replacement, **settings: Any
+) -> OptimizerLRScheduler:
+    """:func:`configure_hybrid_optimizer`, with a warning of what a method that it replaces would have made.
+
+    Args:
+        method: the function that is replaced, not bound; None if there is none.
+        module: the module.
+        replacement: the words of the warning.
+        **settings: of :func:`configure_hybrid_optimizer`.
+
+    Raises:
+        RuntimeError: if what the method makes cannot be replaced; see :func:`look_at`.
+    """
+    if method is None:
+        return configure_hybrid_optimizer(module, **settings)
+    own = look_at(module, method, by=replacement.by)  # first, as it may freeze layers
+    configured = configure_hybrid_optimizer(module, **settings)
+    rank_zero_warn(replacement_notice(own, configured, replacement))
+    return configured
 
 
 @dataclass(frozen=True)
@@ -132,16 +172,9 @@ def _check_coverage(
         )
 
 
-def replacement_notice(own: OwnOptimizers, configured: Any, *, by: str, settings: str, keep: str) -> str:
-    """What is not used, what is, and what to write instead.
-
-    Args:
-        own: what would have been used.
-        configured: what is used in its place.
-        by: what takes its place, e.g. ``"UseMuon"``.
-        settings: names of the settings that count now.
-        keep: how to keep a scheduler of one's own.
-    """
+def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replacement) -> str:
+    """What is not used, what is used in its place, and what to write instead."""
+    by = replacement.by
     no_effect = f" What it reads has no effect: {', '.join(own.reads)}." if own.reads else ""
     shown = ", ".join(own.left_out[:4]) + (f" and {len(own.left_out) - 4} more" if len(own.left_out) > 4 else "")
     trained = (
@@ -150,8 +183,8 @@ def replacement_notice(own: OwnOptimizers, configured: Any, *, by: str, settings
         else ""
     )
     return (
-        f"{by} replaces {own.name}: {own.described} not used.{no_effect}{trained} {_used(configured)} Set {settings} "
-        f"instead. To keep a scheduler of your own, {keep}."
+        f"{by} replaces {own.name}: {own.described} not used.{no_effect}{trained} {_used(configured)} Set "
+        f"{replacement.settings} instead. To keep a scheduler of your own, {replacement.keep}."
     )
 
 

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
     OtherOptimizerCallable,
     add_matrix_layouts,
     check_settings,
-    configure_hybrid_optimizer,
 )
 from lightning_muon.mixin import MuonMixin
 from lightning_muon.partition import ParameterRule
-from lightning_muon.replaced import look_at, own_method, replacement_notice
+from lightning_muon.replaced import Replacement, configure_in_place_of, own_method
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -116,24 +114,20 @@ class UseMuon(Callback):
             del module.configure_optimizers
 
 
-def _configure_optimizers(module: LightningModule, settings: UseMuon) -> OptimizerLRScheduler:
-    method = own_method(type(module))
-    own = None if method is None else look_at(module, method, by=settings.replaced_by)
-    configured = configure_hybrid_optimizer(
-        module, settings.matrix_optimizer, settings.other_optimizer, settings.schedule, settings.parameter_rules
+def _configure_optimizers(module: LightningModule, use: UseMuon) -> OptimizerLRScheduler:
+    keep = (
+        f"leave out {use.replaced_by}, make the optimizer in configure_optimizers by "
+        "lightning_muon.configure_hybrid_optimizer(self, ...) and return it with your scheduler"
     )
-    if own is not None:
-        rank_zero_warn(
-            replacement_notice(
-                own,
-                configured,
-                by=settings.replaced_by,
-                settings=settings.settings_named,
-                keep=f"leave out {settings.replaced_by}, make the optimizer in configure_optimizers by "
-                "lightning_muon.configure_hybrid_optimizer(self, ...) and return it with your scheduler",
-            )
-        )
-    return configured
+    return configure_in_place_of(
+        own_method(type(module)),
+        module,
+        Replacement(use.replaced_by, use.settings_named, keep),
+        matrix_optimizer=use.matrix_optimizer,
+        other_optimizer=use.other_optimizer,
+        schedule=use.schedule,
+        parameter_rules=use.parameter_rules,
+    )
 
 
 def _is_ours(attribute: object) -> bool:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
     add_matrix_layouts,
@@ -47,7 +48,8 @@ class UseMuon(Callback):
     Raises:
         TypeError: if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
         RuntimeError: at the start of a fit, if the module has :class:`MuonMixin`, if an optimizer was put on the
-            instance, as ``LightningCLI`` does for ``--optimizer``, or if the module trains with several optimizers.
+            instance, as ``LightningCLI`` does for ``--optimizer``, if the module trains with several optimizers, or
+            if the Trainer has a second ``UseMuon``.
 
     Example::
 
@@ -74,6 +76,8 @@ class UseMuon(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            if len(callbacks_named(trainer, "UseMuon")) > 1:
+                raise RuntimeError("The Trainer has several UseMuon, and one of them would have no effect: keep one.")
             self.attach(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,8 +115,8 @@ class UseMuon(Callback):
         module.configure_optimizers = functools.partial(_configure_optimizers, module, self)  # type: ignore[method-assign]
 
     def detach(self, module: LightningModule) -> None:
-        """Leave the module as it was."""
-        if _is_ours(vars(module).get("configure_optimizers")):
+        """Leave the module as it was, unless it has no other ``configure_optimizers`` for the next fit."""
+        if own_method(type(module)) is not None and _is_ours(vars(module).get("configure_optimizers")):
             del module.configure_optimizers
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from lightning_muon import HybridOptimizer, Muon, NorMuon, ParameterRule, UseMuon
+from lightning_muon import HybridOptimizer, Muon, MuonCLI, NorMuon, ParameterRule, UseMuon
 from lightning_muon.schedules import Cosine, Linear
 from tests.lightning_helpers import QUIET, Bare, Items, Layers, Net, WithOptimizer, assert_same, fit, trainer, weights
 
@@ -316,3 +316,21 @@ def test_an_optimizer_on_the_instance_is_refused():
 def test_settings_are_checked_at_the_door(settings, error):
     with pytest.raises(TypeError, match=error):
         UseMuon(**settings)
+
+
+def test_two_of_them_are_refused():
+    with pytest.raises(RuntimeError, match="several UseMuon, and one of them would have no effect"):
+        fit(WithOptimizer(), callbacks=[use(), use()])
+
+
+@pytest.mark.parametrize("first", ["validate", "fit"])
+def test_a_module_without_a_method_can_be_fitted_after_another_run(first):
+    """Lightning refuses a module that has no configure_optimizers when the next fit starts."""
+    cli = MuonCLI(
+        Bare, args=[], run=False, trainer_defaults={**QUIET, "max_epochs": 1}, save_config_callback=None,
+        seed_everything_default=0,
+    )  # fmt: skip
+    getattr(cli.trainer, first)(cli.model, datamodule=Items())
+    cli.trainer.fit_loop.max_epochs = 2
+    cli.trainer.fit(cli.model, datamodule=Items())
+    assert isinstance(cli.trainer.optimizers[0], HybridOptimizer)

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.schedules import ScheduledLR
 
 
@@ -27,16 +28,19 @@ class ResumedRates(Callback):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.given: Mapping[str, float] = {
-            group["name"]: float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
-        }
+        self._look()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look()  # the module's own schedulers, which may set peaks, are there; the checkpoint's state is not yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.ckpt_path or self.optimizer not in trainer.optimizers:
             return
+        if any(averaging._scheduler_state for averaging in callbacks_named(trainer, "StochasticWeightAveraging")):
+            return  # it goes on with rates of its own
         groups = self.optimizer.param_groups
         scheduled = [group for group in groups if "initial_lr" in group]
-        if scheduled and not trainer.lr_scheduler_configs:
+        if scheduled and not trainer.lr_scheduler_configs and not self._by_hand:
             rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in scheduled)
             raise RuntimeError(
                 f"The checkpoint {trainer.ckpt_path} was saved under a schedule, and {type(pl_module).__name__} has "
@@ -44,10 +48,13 @@ class ResumedRates(Callback):
                 "again, e.g. schedule=Cosine(), or schedule=Constant() to go on at its peak. To train with new rates "
                 "load the weights alone: load_from_checkpoint, and fit without ckpt_path."
             )
+        # Schedulers without a peak, such as ReduceLROnPlateau, have lowered the rate itself.
+        adaptive = any(not isinstance(config.scheduler, ScheduledLR) for config in trainer.lr_scheduler_configs)
         changed = [
             f"{group['name']} {peak:.3g} (given now: {self.given[group['name']]:.3g})"
             for group in groups
             if group.get("name") in self.given
+            and ("initial_lr" in group or not adaptive)
             and (peak := float(group.get("initial_lr", group["lr"]))) != self.given[group["name"]]
         ]
         if changed:
@@ -63,3 +70,8 @@ class ResumedRates(Callback):
                     f"The checkpoint was saved without a schedule: {scheduler.schedule!r} starts now, over the rest of "
                     "the run."
                 )
+
+    def _look(self) -> None:
+        groups = self.optimizer.param_groups
+        self.given: Mapping[str, float] = {g["name"]: float(g.get("initial_lr", g["lr"])) for g in groups}
+        self._by_hand = any("initial_lr" in group for group in groups)  # or Lightning has the scheduler

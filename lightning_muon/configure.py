@@ -84,6 +84,7 @@ def configure_hybrid_optimizer(
             "Trainer, construct the module without schedule and use schedule.scheduler(optimizer, total_steps)."
         )
     scheduler = _scheduler(schedule, optimizer, trainer)
+    next(c for c in trainer.callbacks if type(c) is ScheduleLength).made = scheduler  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
@@ -170,9 +171,9 @@ def _check_rate_finder(trainer: Trainer, optimizer: HybridOptimizer) -> None:
         )
     for finder in callbacks_named(trainer, "LearningRateFinder"):
         module = trainer.lightning_module
-        held = {**vars(module), **module.hparams}
-        name = next((n for n in (finder._attr_name, "lr", "learning_rate") if n in held), "lr")
-        if finder._early_exit and finder._update_attr and held.get(name) not in rates.values():
+        name = next((n for n in (finder._attr_name, "lr", "learning_rate") if hasattr(module, n)), "lr")
+        held = module.hparams.get(name, getattr(module, name, None))
+        if finder._early_exit and finder._update_attr and held not in rates.values():
             rank_zero_warn(
                 f"Tuner.lr_find writes its rate into {type(module).__name__}.{name}, and no param group takes its rate "
                 "from there: the fits that follow do not use it. Give its suggestion() as lr to matrix_optimizer and "

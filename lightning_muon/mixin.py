@@ -121,6 +121,8 @@ class MuonMixin(_ModuleMethods):
         if name in SETTINGS:
             _check_setting(type(self).__name__, name, value)
         super().__setattr__(name, value)
+        if name == "configure_optimizers" and attached_trainer(self) is not None:  # as setup() may do
+            _check_not_replaced(self)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As in torch; the names of the mixin's settings are taken."""
@@ -293,9 +295,9 @@ def _check_own(module: MuonMixin, method: Callable[..., Any], configured: Any) -
 
 
 def _check_returned(module: MuonMixin, method: Callable[..., Any], made: Any, configured: Any) -> None:
-    """Refuse a ``configure_optimizers`` that calls the mixin's and drops the optimizer or the scheduler of it."""
-    (hybrid, *_), (*schedulers,) = optimizers_in(made)
-    optimizers, returned = optimizers_in(configured)
+    """Refuse a ``configure_optimizers`` that calls the mixin's and drops its optimizer."""
+    (hybrid, *_), _ = optimizers_in(made)
+    optimizers, _ = optimizers_in(configured)
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
     if optimizers and groups.isdisjoint(map(id, hybrid.param_groups)):  # a wrapper has the same groups
         names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -303,13 +305,6 @@ def _check_returned(module: MuonMixin, method: Callable[..., Any], made: Any, co
             f"{method.__qualname__} calls MuonMixin's and returns {names} instead of its optimizer, so that no matrix "
             "is trained with Muon. Return the optimizer of `super().configure_optimizers()`; or, to train without "
             f"Muon, leave MuonMixin out of the bases of {type(module).__name__}."
-        )
-    stepped = [part for scheduler in returned for part in (scheduler, *getattr(scheduler, "_schedulers", ()))]
-    if optimizers and any(scheduler not in stepped for scheduler in schedulers):
-        raise RuntimeError(
-            f"{method.__qualname__} leaves out the scheduler of schedule={module.schedule!r}: all learning rates would "
-            "stay where its first step has them. Return what `super().configure_optimizers()` returns, or, to use a "
-            "scheduler of your own, give no schedule."
         )
 
 

@@ -172,7 +172,8 @@ def replacement_notice(own: OwnOptimizers, configured: Any, *, by: str, settings
 def _describe(optimizer: Optimizer) -> str:
     shown = []
     for key in ("lr", "weight_decay"):
-        values = [group.get(f"initial_{key}", group.get(key)) for group in optimizer.param_groups]
+        groups = optimizer.param_groups or [optimizer.defaults]  # all its parameters are frozen
+        values = [group.get(f"initial_{key}", group.get(key)) for group in groups]
         if all(isinstance(value, (int, float)) for value in values):
             shown.append(f"{key}={' and '.join(dict.fromkeys(f'{value:g}' for value in values))}")
     return f"{type(optimizer).__name__}({', '.join(shown)})"

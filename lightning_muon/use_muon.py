@@ -80,6 +80,13 @@ class UseMuon(Callback):
                 raise RuntimeError("The Trainer has several UseMuon, and one of them would have no effect: keep one.")
             self.attach(pl_module)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _is_ours(vars(pl_module).get("configure_optimizers")):
+            raise RuntimeError(
+                f"{type(pl_module).__name__} sets its configure_optimizers during setup, so that UseMuon has no effect."
+                " Set it before the fit, or leave out UseMuon."
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.detach(pl_module)
 

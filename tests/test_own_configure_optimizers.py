@@ -345,20 +345,28 @@ def test_an_optimizer_of_ours_that_is_dropped_is_refused():
         fit(Drops())
 
 
+@pytest.mark.parametrize("way", ["mixin", "function"])
 @pytest.mark.parametrize("chained", [True, False])
-def test_a_schedule_that_is_dropped_is_refused(chained):
+def test_a_schedule_that_is_dropped_is_refused(chained, way):
     """Its rates would stay at the first step's, which a warmup has close to 0."""
 
-    class Drops(MuonMixin, Bare):
+    bases = (MuonMixin, Bare) if way == "mixin" else (Bare,)
+
+    class Drops(*bases):
+        def make(self):
+            if way == "function":
+                return configure_hybrid_optimizer(self, schedule=Linear(warmup=3))
+            return super().configure_optimizers()
+
         def configure_optimizers(self):
-            made = super().configure_optimizers()
+            made = self.make()
             if not chained:
                 return made["optimizer"]
             ours = made["lr_scheduler"]["scheduler"]
             both = torch.optim.lr_scheduler.ChainedScheduler([ours])
             return {"optimizer": made["optimizer"], "lr_scheduler": both}
 
-    module = Drops(schedule=Linear(warmup=3))
+    module = Drops(schedule=Linear(warmup=3)) if way == "mixin" else Drops()
     if chained:
         fit(module)
     else:

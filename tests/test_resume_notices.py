@@ -1,13 +1,15 @@
 """What a resumed run goes on with is what its checkpoint has, and where that is not what was given, a line says so."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from lightning_muon import NorMuon
+from lightning_muon import Muon, NorMuon, UseMuon
 from lightning_muon.schedules import Constant, Cosine, Linear
-from tests.lightning_helpers import Net
+from tests.lightning_helpers import Items, Net, WithOptimizer, trainer
 from tests.ways import KINDS, WAYS, train
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
@@ -121,3 +123,19 @@ def test_weight_averaging_goes_on(way, schedule, tmp_path, recwarn):
     whole = rates(run())
     assert rates(run(ckpt_path=tmp_path / "2.ckpt")) == pytest.approx(whole)
     assert not lines(recwarn, "given now")
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+def test_other_options_are_named_and_the_checkpoints_count(way, tmp_path, recwarn):
+    def run(epochs, ckpt_path=None, **options):
+        settings = {"matrix_optimizer": partial(Muon, **options)}
+        module, extra = (Net(**settings), []) if way == "mixin" else (WithOptimizer(), [UseMuon(**settings)])
+        used = trainer(max_steps=-1, max_epochs=epochs, callbacks=extra)
+        used.fit(module, datamodule=Items(4), ckpt_path=ckpt_path)
+        return used
+
+    run(1, weight_decay=0.3, momentum=0.9).save_checkpoint(tmp_path / "a.ckpt")
+    again = run(2, tmp_path / "a.ckpt", momentum=0.9)
+    assert next(g["weight_decay"] for g in again.optimizers[0].param_groups if g["name"] == "matrix") == 0.3
+    (line,) = lines(recwarn, "options of its checkpoint")
+    assert "given now: weight_decay of matrix 0.3 (given now: 0.1). To use" in line

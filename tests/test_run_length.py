@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from lightning_muon import Muon, MuonMixin, UseMuon
+from lightning_muon import Muon, MuonMixin, UseMuon, configure_hybrid_optimizer
 from lightning_muon.schedules import Constant, Cosine, Linear, WarmupStableDecay
 from tests.lightning_helpers import BATCH, Bare, Items, Net, WithOptimizer, trainer
 from tests.ways import KINDS, WAYS, train
@@ -300,3 +300,14 @@ def test_a_rate_that_a_tuner_leaves_in_the_module_is_not_used_in_silence(way, up
     named = [str(w.message) for w in recwarn if "Tuner.lr_find writes its rate into" in str(w.message)]
     assert len(named) == update
     assert all("the fits that follow do not use it. Give its suggestion() as lr" in line for line in named)
+
+
+def test_a_rate_of_the_modules_own_that_a_tuner_sets_is_used(tmp_path, recwarn):
+    class Reads(Bare):
+        lr = 0.001
+
+        def configure_optimizers(self):
+            return configure_hybrid_optimizer(self, partial(Muon, lr=self.lr), partial(torch.optim.AdamW, lr=self.lr))
+
+    Tuner(trainer(default_root_dir=tmp_path)).lr_find(Reads(), datamodule=Items(), num_training=5)
+    assert not [w for w in recwarn if "Tuner.lr_find writes" in str(w.message)]

@@ -334,3 +334,20 @@ def test_a_module_without_a_method_can_be_fitted_after_another_run(first):
     cli.trainer.fit_loop.max_epochs = 2
     cli.trainer.fit(cli.model, datamodule=Items())
     assert isinstance(cli.trainer.optimizers[0], HybridOptimizer)
+
+
+@pytest.mark.parametrize("base", [WithOptimizer, Net])
+def test_a_method_that_is_set_during_setup_is_refused(base):
+    class Sets(base):
+        def setup(self, stage):
+            self.configure_optimizers = lambda: torch.optim.SGD(self.parameters(), 0.1)
+
+    with pytest.raises(RuntimeError, match=r"during setup, so that UseMuon has no effect|was replaced on the instance"):
+        fit(Sets(), callbacks=[use()] if base is WithOptimizer else [])
+
+
+def test_a_child_whose_parameters_are_all_frozen_is_described():
+    module = WithOptimizer()
+    module.layers.up.requires_grad_(False)
+    module.layers.down.requires_grad_(False)
+    assert "Muon(lr=0.02, weight_decay=0.1) for 'matrix'" in notice(module)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,13 +13,15 @@ from torch.optim import Optimizer
 from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.schedules import ScheduledLR
 
+_PLAIN = (bool, int, float, str, tuple)
+
 
 class ResumedRates(Callback):
-    """Says which learning rates and which schedule a run goes on with that continues from a checkpoint.
+    """Says which rates, options and schedule a run goes on with that continues from a checkpoint.
 
-    The checkpoint's rates count, as everywhere in torch and Lightning. A warning names those that were given and are
-    not used. A run that was saved under a schedule and is given none would stay at the rate of its last step, often
-    0: it is refused.
+    The checkpoint's rates and options count, as everywhere in torch and Lightning. A warning names those that were
+    given and are not used. A run that was saved under a schedule and is given none would stay at the rate of its last
+    step, often 0: it is refused.
 
     A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
     themselves.
@@ -63,6 +67,17 @@ class ResumedRates(Callback):
                 f"{', '.join(changed)}. To use new rates load the weights alone: load_from_checkpoint, and fit without "
                 "ckpt_path."
             )
+        options = [
+            f"{key} of {group['name']} {group[key]} (given now: {value})"
+            for group in groups
+            for key, value in self.options.get(group.get("name", ""), {}).items()
+            if group.get(key) != value and not (adaptive and key in ("momentum", "betas"))
+        ]
+        if options:
+            rank_zero_warn(
+                f"The run goes on with the options of its checkpoint, not with those given now: {', '.join(options)}. "
+                "To use new ones load the weights alone: load_from_checkpoint, and fit without ckpt_path."
+            )
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if isinstance(scheduler, ScheduledLR) and scheduler.last_epoch == 0 and trainer.global_step > 0:
@@ -74,4 +89,9 @@ class ResumedRates(Callback):
     def _look(self) -> None:
         groups = self.optimizer.param_groups
         self.given: Mapping[str, float] = {g["name"]: float(g.get("initial_lr", g["lr"])) for g in groups}
+        children = getattr(self.optimizer, "optimizers", {"": self.optimizer}).values()
+        known = {name for child in children for name in inspect.signature(type(child)).parameters} - {"lr", "params"}
+        self.options: Mapping[str, dict[str, Any]] = {
+            g["name"]: {key: g[key] for key in known & g.keys() if isinstance(g[key], _PLAIN)} for g in groups
+        }
         self._by_hand = any("initial_lr" in group for group in groups)  # or Lightning has the scheduler

@@ -36,6 +36,22 @@ class ScheduleLength(Callback):
         self._length = math.nan
         self._found: Any = None
         self._unstepped: list[ScheduledLR] = []
+        self.made: ScheduledLR | None = None
+        """What ``configure_hybrid_optimizer`` made; the Trainer has to have it."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        made = self.made
+        if made is None or made.optimizer not in trainer.optimizers:
+            return
+        kept = [config.scheduler for config in trainer.lr_scheduler_configs]
+        kept += [part for scheduler in kept for part in getattr(scheduler, "_schedulers", ())]
+        if not any(scheduler is made for scheduler in kept):
+            raise RuntimeError(
+                f"configure_optimizers of {type(pl_module).__name__} leaves out the scheduler of "
+                f"schedule={made.schedule!r}: all learning rates would stay where its first step has them. Return the "
+                "dict with the optimizer and the scheduler as it is made, or, to use a scheduler of your own, give no "
+                "schedule."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begins = True

@@ -90,6 +90,7 @@ def configure_hybrid_optimizer(
             "Trainer, construct the module without schedule and use schedule.scheduler(optimizer, total_steps)."
         )
     scheduler = _scheduler(schedule, optimizer, trainer)
+    next(c for c in trainer.callbacks if type(c) is ScheduleLength).made = scheduler  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
@@ -164,7 +165,7 @@ def _warn_if_clipped_by_value(trainer: Trainer) -> None:
 
 
 def _check_rate_finder(trainer: Trainer, optimizer: HybridOptimizer) -> None:
-    """A search over one rate says nothing about groups whose rates differ."""
+    """A search over one rate says nothing about groups whose rates differ, and what a Tuner finds has to be given."""
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     if callbacks_named(trainer, "LearningRateFinder") and len(set(rates.values())) > 1:
         given = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
@@ -174,6 +175,16 @@ def _check_rate_finder(trainer: Trainer, optimizer: HybridOptimizer) -> None:
             "lr_scale='match_rms_adamw' makes AdamW's rates fit the matrices), or remove LearningRateFinder "
             "(Tuner.lr_find) and try several values of matrix_optimizer's lr and of other_optimizer's."
         )
+    for finder in callbacks_named(trainer, "LearningRateFinder"):
+        module = trainer.lightning_module
+        name = next((n for n in (finder._attr_name, "lr", "learning_rate") if hasattr(module, n)), "lr")
+        held = module.hparams.get(name, getattr(module, name, None))
+        if finder._early_exit and finder._update_attr and held not in rates.values():
+            rank_zero_warn(
+                f"Tuner.lr_find writes its rate into {type(module).__name__}.{name}, and no param group takes its rate "
+                "from there: the fits that follow do not use it. Give its suggestion() as lr to matrix_optimizer and "
+                "other_optimizer, or use the callback LearningRateFinder, whose rate the fit goes on with."
+            )
 
 
 def _warn_of_averaging_rate(trainer: Trainer, optimizer: HybridOptimizer) -> None:
@@ -193,14 +204,20 @@ def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer, rules: Sequence
     """What has to happen around the steps of a hybrid; those of an earlier fit are replaced."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = (ScheduleLength, ResumedRates, LateParameters)
-    callbacks[:] = [callback for callback in callbacks if type(callback) not in ours]
+    callbacks[:] = [callback for callback in callbacks if type(callback) not in ours and not _of_earlier_fit(callback)]
     # First, so that monitors of the learning rate see the rate of the step that comes.
     callbacks[:0] = [ScheduleLength(), ResumedRates(optimizer), LateParameters(optimizer, rules)]
     if callbacks_named(trainer, "ModelSummary") and not callbacks_named(trainer, "PartitionSummary"):
-        callbacks.append(PartitionSummary())
+        summary = PartitionSummary()
+        summary.only_for = optimizer
+        callbacks.append(summary)
     needed = _needed_by_children(trainer, optimizer)
     present = {type(callback) for callback in callbacks}
     callbacks.extend(kind() for kind in needed if kind not in present)
+
+
+def _of_earlier_fit(callback: Callback) -> bool:
+    return isinstance(callback, PartitionSummary) and callback.only_for is not None
 
 
 def _needed_by_children(trainer: Trainer, optimizer: HybridOptimizer) -> list[type[CreateGraph] | type[OptimizerModes]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
@@ -21,7 +22,7 @@ from lightning_muon.configure import (
 )
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
-from lightning_muon.replaced import Replacement, configure_in_place_of, optimizers_in, own_method
+from lightning_muon.replaced import Replacement, as_function, configure_in_place_of, optimizers_in, own_method
 from lightning_muon.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -114,19 +115,27 @@ class MuonMixin(_ModuleMethods):
                 f"MuonMixin must stand before LightningModule among the bases of {cls.__name__}, or its settings and "
                 f"configure_optimizers are never reached. Write `class {cls.__name__}(MuonMixin, {bases})`."
             )
-        for name in ("schedule", "parameter_rules"):
-            if name in vars(cls):
-                _check_setting(cls.__name__, name, vars(cls)[name])
-        # Methods that stand before the mixin's in the order of calls: nobody has to call super() for these checks.
-        for name, checked in (("configure_optimizers", _reaching_ours), ("configure_callbacks", _unless_replaced)):
-            owner = next((base for base in before if name in vars(base)), None)
-            if owner is not None and not hasattr(vars(owner)[name], "_checked_by_muon_mixin"):
-                setattr(cls, name, checked(vars(owner)[name]))
+        _check_names(cls)
+        _watch_methods(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:
             _check_setting(type(self).__name__, name, value)
         super().__setattr__(name, value)
+        if name == "configure_optimizers" and attached_trainer(self) is not None:  # as setup() may do
+            _check_not_replaced(self)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch; the names of the mixin's settings are taken."""
+        if name in SETTINGS:
+            raise _name_taken(type(self).__name__, name, "a submodule")
+        super().add_module(name, module)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; the names of the mixin's settings are taken."""
+        if name in SETTINGS:
+            raise _name_taken(type(self).__name__, name, "a parameter")
+        super().register_parameter(name, param)
 
     def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
         """As in torch; the names of the mixin's settings are taken."""
@@ -149,22 +158,25 @@ class MuonMixin(_ModuleMethods):
             RuntimeError: if there is a schedule but no Trainer to say how long the run is, or if the strategy shards
                 matrices into flat pieces.
         """
-        vars(self)[_REACHED] = True
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
         _warn_of_inner_settings(self)
         keep = (
             f"define configure_optimizers in {type(self).__name__}, take the optimizer from "
             "super().configure_optimizers() and return it with your scheduler"
         )
-        return configure_in_place_of(
+        configured = configure_in_place_of(
             own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None,
             self,
             Replacement("MuonMixin", "matrix_optimizer, other_optimizer and schedule", keep),
             **{name: getattr(self, name) for name in SETTINGS},
         )
+        if _REACHED in vars(self):
+            vars(self)[_REACHED] = configured
+        return configured
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Nothing to add; the first hook of a run, used to refuse an optimizer that would replace this one unseen."""
+        _watch_methods(type(self))  # the class may have got a method since it was defined
         _check_not_replaced(self)
         return super().configure_callbacks()
 
@@ -178,7 +190,8 @@ class MuonMixin(_ModuleMethods):
         add_matrix_layouts(checkpoint, self)
         hparams = checkpoint.get("hyper_parameters")
         if isinstance(hparams, dict):
-            ours = [name for name in SETTINGS if name in hparams and name not in _own_arguments(type(self))]
+            own = _own_arguments(type(self))
+            ours = [n for n in SETTINGS if n in hparams and n not in own and _is_configuration(hparams[n])]
             if ours:
                 checkpoint[_SAVED_SETTINGS] = {name: hparams.pop(name) for name in ours}
 
@@ -212,6 +225,7 @@ class MuonMixin(_ModuleMethods):
 
 
 _REACHED = "_muon_mixin_reached"
+"""What the mixin's configure_optimizers made, while one that stands before it runs."""
 _SAVED_SETTINGS = "muon_settings"
 """Where a checkpoint keeps the settings that a command line gave, as configuration."""
 
@@ -221,14 +235,31 @@ def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def configure_optimizers(self: MuonMixin) -> Any:
-        vars(self).pop(_REACHED, None)
-        configured = method(self)
-        if not vars(self).pop(_REACHED, False):
+        outermost = _REACHED not in vars(self)
+        vars(self)[_REACHED] = None
+        try:
+            configured = method(self)
+            made = vars(self)[_REACHED]
+        finally:
+            if outermost:
+                del vars(self)[_REACHED]
+        if made is None:
             _check_own(self, method, configured)
+        else:
+            _check_returned(self, method, made, configured)
         return configured
 
     configure_optimizers._checked_by_muon_mixin = True  # type: ignore[attr-defined]
     return configure_optimizers
+
+
+def _watch_methods(cls: type[MuonMixin]) -> None:
+    """Check what methods do that stand before the mixin's in the order of calls: nobody has to call super() for it."""
+    before = cls.__mro__[: cls.__mro__.index(MuonMixin)]
+    for name, checked in (("configure_optimizers", _reaching_ours), ("configure_callbacks", _unless_replaced)):
+        owner = next((base for base in before if name in vars(base)), None)
+        if owner is not None and not hasattr(vars(owner)[name], "_checked_by_muon_mixin"):
+            setattr(cls, name, checked(as_function(owner, name)))
 
 
 def _unless_replaced(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,6 +289,20 @@ def _check_own(module: MuonMixin, method: Callable[..., Any], configured: Any) -
     )
 
 
+def _check_returned(module: MuonMixin, method: Callable[..., Any], made: Any, configured: Any) -> None:
+    """Refuse a ``configure_optimizers`` that calls the mixin's and drops its optimizer."""
+    (hybrid, *_), _ = optimizers_in(made)
+    optimizers, _ = optimizers_in(configured)
+    groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
+    if optimizers and groups.isdisjoint(map(id, hybrid.param_groups)):  # a wrapper has the same groups
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise RuntimeError(
+            f"{method.__qualname__} calls MuonMixin's and returns {names} instead of its optimizer, so that no matrix "
+            "is trained with Muon. Return the optimizer of `super().configure_optimizers()`; or, to train without "
+            f"Muon, leave MuonMixin out of the bases of {type(module).__name__}."
+        )
+
+
 def _check_not_replaced(module: MuonMixin) -> None:
     if "configure_optimizers" in vars(module):
         raise RuntimeError(
@@ -279,6 +324,22 @@ def _warn_of_inner_settings(module: MuonMixin) -> None:
             )
 
 
+def _check_names(cls: type[MuonMixin]) -> None:
+    """Raise if a class, or a base that the mixin hides, uses the name of a setting for something of its own."""
+    hidden = cls.__mro__[cls.__mro__.index(MuonMixin) + 1 :]
+    for name in SETTINGS:
+        for base in (base for base in hidden if name in vars(base)):
+            raise _name_taken(base.__name__, name, f"a {type(vars(base)[name]).__name__}")
+        value = vars(cls).get(name)
+        if isinstance(value, (FunctionType, property)):
+            error = _name_taken(cls.__name__, name, f"a {type(value).__name__}")
+            if name.endswith("_optimizer") and isinstance(value, FunctionType):
+                error.add_note(f"To set it for the class write {name} = staticmethod(...) or functools.partial(...).")
+            raise error
+        if name in ("schedule", "parameter_rules") and name in vars(cls):
+            _check_setting(cls.__name__, name, value)
+
+
 def _check_setting(module: str, name: str, value: Any) -> None:
     """Raise unless a value can be the setting: the module may be using the name for something of its own."""
     if name == "parameter_rules":
@@ -290,9 +351,13 @@ def _check_setting(module: str, name: str, value: Any) -> None:
         return
     if hasattr(value, "parameters") and hasattr(value, "named_modules"):
         raise _name_taken(module, name, "a submodule")
-    check_settings(
-        **{"matrix_optimizer": None, "other_optimizer": None, "schedule": None, name: value}, where=f"{module}."
-    )
+    settings = {"matrix_optimizer": None, "other_optimizer": None, "schedule": None, name: value}
+    try:
+        check_settings(**settings, where=f"{module}.")
+    except TypeError as error:
+        raise TypeError(
+            f"{error} ({name} is a setting of MuonMixin: what the module keeps for itself needs another name.)"
+        ) from None
 
 
 def _name_taken(module: str, name: str, kind: str) -> AttributeError:
@@ -318,6 +383,13 @@ def _made(settings: dict[str, Any]) -> dict[str, Any]:
     parser.add_function_arguments(configure_hybrid_optimizer, skip={"module"})
     made = parser.instantiate_classes(parser.parse_object(settings))
     return {name: made[name] for name in settings}
+
+
+def _is_configuration(value: Any) -> bool:
+    """Whether a hyperparameter is a setting as a command line gives it, and not something of the module's own."""
+    if isinstance(value, list):
+        return all(isinstance(item, dict) for item in value)
+    return isinstance(value, dict) and "class_path" in value
 
 
 def _is_plain(value: Any) -> bool:

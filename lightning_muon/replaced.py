@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +34,21 @@ def own_method(cls: type, after: type | None = None) -> Callable[..., Any] | Non
     owner = next((base for base in mro if "configure_optimizers" in vars(base)), None)
     if owner is None or owner.__name__ == "LightningModule":
         return None
-    method: Callable[..., Any] = vars(owner)["configure_optimizers"]
-    return method
+    return as_function(owner, "configure_optimizers")
+
+
+def as_function(owner: type, name: str) -> Callable[[Any], Any]:
+    """What a class defines as a method, which may be a partialmethod or a property, as a function of the instance."""
+    method = vars(owner)[name]
+
+    def call(instance: Any) -> Any:
+        return (method.__get__(instance, type(instance)) if hasattr(method, "__get__") else method)()
+
+    function = getattr(method, "func", method)
+    if inspect.isfunction(function):
+        functools.update_wrapper(call, function)
+    call.__qualname__ = f"{owner.__qualname__}.{name}"
+    return call
 
 
 def optimizers_in(configured: Any) -> tuple[list[Optimizer], list[Any]]:
@@ -94,7 +108,7 @@ class OwnOptimizers:
 
     Args:
         name: of the method.
-        described: optimizers with their rates, and schedulers; a subject with its verb.
+        described: what is not used, in a sentence: optimizers with their rates, and schedulers.
         reads: hyperparameters and attributes that its code reads, with their values.
         left_out: names of the trainable parameters that none of its optimizers has.
     """
@@ -123,7 +137,7 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
             warnings.simplefilter("ignore")
             optimizers, schedulers = optimizers_in(method(module))
     except Exception as error:  # whatever it needs, it is not used
-        described = f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are"
+        described = f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are not used"
         return OwnOptimizers(name, described, _settings_read(module, method), [])
     trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
@@ -133,7 +147,7 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
     parts = [_describe(optimizer) for optimizer in optimizers]
     parts += [f"the scheduler {type(scheduler).__name__}" for scheduler in schedulers]
     described = (
-        f"its {' and '.join(parts)} {'are' if len(parts) > 1 else 'is'}" if parts else "it returns nothing that is"
+        f"its {' and '.join(parts)} {'are' if len(parts) > 1 else 'is'} not used" if parts else "it makes no optimizer"
     )
     return OwnOptimizers(name, described, _settings_read(module, method), [n for n, _ in left_out])
 
@@ -183,7 +197,7 @@ def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replace
         else ""
     )
     return (
-        f"{by} replaces {own.name}: {own.described} not used.{no_effect}{trained} {_used(configured)} Set "
+        f"{by} replaces {own.name}: {own.described}.{no_effect}{trained} {_used(configured)} Set "
         f"{replacement.settings} instead. To keep a scheduler of your own, {replacement.keep}."
     )
 
@@ -191,7 +205,8 @@ def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replace
 def _describe(optimizer: Optimizer) -> str:
     shown = []
     for key in ("lr", "weight_decay"):
-        values = [group.get(f"initial_{key}", group.get(key)) for group in optimizer.param_groups]
+        groups = optimizer.param_groups or [optimizer.defaults]  # all its parameters are frozen
+        values = [group.get(f"initial_{key}", group.get(key)) for group in groups]
         if all(isinstance(value, (int, float)) for value in values):
             shown.append(f"{key}={' and '.join(dict.fromkeys(f'{value:g}' for value in values))}")
     return f"{type(optimizer).__name__}({', '.join(shown)})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.configure import (
     MatrixOptimizerCallable,
     OtherOptimizerCallable,
@@ -45,7 +46,8 @@ class UseMuon(Callback):
     Raises:
         TypeError: if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
         RuntimeError: at the start of a fit, if the module has :class:`MuonMixin`, if an optimizer was put on the
-            instance, as ``LightningCLI`` does for ``--optimizer``, or if the module trains with several optimizers.
+            instance, as ``LightningCLI`` does for ``--optimizer``, if the module trains with several optimizers, or
+            if the Trainer has a second ``UseMuon``.
 
     Example::
 
@@ -72,7 +74,16 @@ class UseMuon(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            if len(callbacks_named(trainer, "UseMuon")) > 1:
+                raise RuntimeError("The Trainer has several UseMuon, and one of them would have no effect: keep one.")
             self.attach(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _is_ours(vars(pl_module).get("configure_optimizers")):
+            raise RuntimeError(
+                f"{type(pl_module).__name__} sets its configure_optimizers during setup, so that UseMuon has no effect."
+                " Set it before the fit, or leave out UseMuon."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.detach(pl_module)
@@ -109,8 +120,8 @@ class UseMuon(Callback):
         module.configure_optimizers = functools.partial(_configure_optimizers, module, self)  # type: ignore[method-assign]
 
     def detach(self, module: LightningModule) -> None:
-        """Leave the module as it was."""
-        if _is_ours(vars(module).get("configure_optimizers")):
+        """Leave the module as it was, unless it has no other ``configure_optimizers`` for the next fit."""
+        if own_method(type(module)) is not None and _is_ours(vars(module).get("configure_optimizers")):
             del module.configure_optimizers
 
 

@@ -193,3 +193,20 @@ def test_a_parameter_in_no_optimizer_is_named_once(way, recwarn):
 def test_nothing_is_said_of_an_ordinary_fit(way, recwarn):
     train(way, data=Items(4), max_epochs=2)
     assert not [w for w in recwarn if "no optimizer" in str(w.message)]
+
+
+def test_a_layer_that_takes_anothers_place_joins_once(caplog, recwarn):
+    """The number of parameters is what it was."""
+
+    class Replaces(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.layers.up = nn.Linear(8, 16)
+
+    caplog.set_level(logging.INFO)
+    used = train("mixin", callbacks=[Replaces()], max_epochs=3)
+    assert owner_of(used, used.lightning_module.layers.up.weight) == "matrix"
+    joined = [line for line in caplog.messages if "Added to the model" in line]
+    assert len(joined) == 1
+    assert "layers.up.weight (matrix)" in joined[0]
+    assert not [w for w in recwarn if "in no optimizer" in str(w.message)]

@@ -1,5 +1,6 @@
 """MuonMixin beside a configure_optimizers of the user: whoever wins, the user knows."""
 
+import functools
 from functools import partial
 
 import lightning.pytorch as pl
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_muon import HybridOptimizer, Muon, MuonMixin, ParameterRule, configure_hybrid_optimizer
+from lightning_muon import HybridOptimizer, Muon, MuonMixin, ParameterRule, UseMuon, configure_hybrid_optimizer
 from lightning_muon.schedules import Cosine, Linear
 from tests.lightning_helpers import Bare, Items, Net, WithOptimizer, fit, trainer
 
@@ -191,12 +192,6 @@ def test_a_class_attribute_with_the_name_of_a_setting_gets_a_sentence():
         class Noise(MuonMixin, Bare):
             schedule = "linear"
 
-    with pytest.raises(TypeError, match=r"Betas\.schedule must be"):
-
-        class Betas(MuonMixin, Bare):
-            def schedule(self):
-                return torch.linspace(0, 1, 10)
-
 
 def test_settings_of_a_class_hold_unless_an_instance_has_others():
     class Preset(MuonMixin, Bare):
@@ -276,3 +271,151 @@ def test_the_partition_is_printed_where_the_trainer_prints_its_summary(summary, 
     printed = capsys.readouterr().out
     assert ("layers.up.weight" in printed) == summary
     assert ("schedule: Linear(" in printed) == summary
+
+
+# Methods that reach the mixin's by more than one step, or are not plain functions
+
+
+class Calls(MuonMixin, Bare):
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+
+class CallsTwice(Calls):
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("cls", [Calls, CallsTwice])
+def test_methods_that_call_each_other_reach_the_mixins(cls):
+    module = cls(matrix_optimizer=partial(Muon, lr=0.3))
+    optimizer = fit(module).optimizers[0]
+    assert optimizer.optimizers["matrix"].defaults["lr"] == 0.3
+    assert not [name for name in vars(module) if "reached" in name]
+
+
+def sgd(self, lr=0.1):
+    return torch.optim.SGD(self.parameters(), lr)
+
+
+ODD_METHODS = {
+    "partialmethod": functools.partialmethod(sgd, lr=0.1),
+    "property": property(lambda self: lambda: sgd(self)),
+    "lambda": lambda self: sgd(self),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["in the class", "assigned later"])
+@pytest.mark.parametrize("method", ODD_METHODS.values(), ids=ODD_METHODS)
+def test_odd_methods_that_never_reach_ours_are_refused(method, later):
+    odd = type("Odd", (MuonMixin, Bare), {} if later else {"configure_optimizers": method})
+    odd.configure_optimizers = method
+    with pytest.raises(RuntimeError, match=r"Odd\.configure_optimizers returns SGD and never calls MuonMixin's"):
+        fit(odd())
+
+
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [("mixin", method) for method in ODD_METHODS.values()]
+    + [("UseMuon", method) for name, method in ODD_METHODS.items() if name != "property"],  # which cannot be set
+)
+def test_odd_methods_that_are_replaced_are_named(way, method):
+    base = type("Theirs", (Bare,), {"configure_optimizers": method})
+    module, callbacks = (type("Ours", (MuonMixin, base), {})(), []) if way == "mixin" else (base(), [UseMuon()])
+    with pytest.warns(UserWarning, match=r"replaces Theirs\.configure_optimizers: its SGD\(lr=0\.1, .*is not used"):
+        assert isinstance(fit(module, callbacks=callbacks).optimizers[0], HybridOptimizer)
+
+
+def test_a_method_that_makes_no_optimizer_is_named():
+    class Empty(Bare):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.warns(UserWarning, match=r"Empty\.configure_optimizers: it makes no optimizer\. The fit uses"):
+        fit(Empty(), callbacks=[UseMuon()])
+
+
+def test_an_optimizer_of_ours_that_is_dropped_is_refused():
+    class Drops(MuonMixin, Bare):
+        def configure_optimizers(self):
+            super().configure_optimizers()
+            return sgd(self)
+
+    with pytest.raises(RuntimeError, match="calls MuonMixin's and returns SGD instead of its optimizer"):
+        fit(Drops())
+
+
+@pytest.mark.parametrize("way", ["mixin", "function"])
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_schedule_that_is_dropped_is_refused(chained, way):
+    """Its rates would stay at the first step's, which a warmup has close to 0."""
+
+    bases = (MuonMixin, Bare) if way == "mixin" else (Bare,)
+
+    class Drops(*bases):
+        def make(self):
+            if way == "function":
+                return configure_hybrid_optimizer(self, schedule=Linear(warmup=3))
+            return super().configure_optimizers()
+
+        def configure_optimizers(self):
+            made = self.make()
+            if not chained:
+                return made["optimizer"]
+            ours = made["lr_scheduler"]["scheduler"]
+            both = torch.optim.lr_scheduler.ChainedScheduler([ours])
+            return {"optimizer": made["optimizer"], "lr_scheduler": both}
+
+    module = Drops(schedule=Linear(warmup=3)) if way == "mixin" else Drops()
+    if chained:
+        fit(module)
+    else:
+        with pytest.raises(RuntimeError, match=r"leaves out the scheduler of schedule=Linear.*first step has them"):
+            fit(module)
+
+
+# Names that a base class has for something of its own, which the mixin would hide
+
+
+def schedule(self):
+    return 3
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["base", "class"])
+@pytest.mark.parametrize("value", [schedule, property(schedule)], ids=["method", "property"])
+@pytest.mark.parametrize("name", ["schedule", "parameter_rules", "matrix_optimizer", "other_optimizer"])
+def test_methods_with_the_name_of_a_setting_are_refused(name, value, behind):
+    base = type("Own", (Bare,), {name: value}) if behind else Bare
+    own = ("Ours", (MuonMixin, base), {}) if behind else ("Own", (MuonMixin, base), {name: value})
+    with pytest.raises(AttributeError, match=rf"Own\.{name} is a setting of MuonMixin and cannot be a"):
+        type(*own)
+
+
+@pytest.mark.parametrize(
+    ("register", "kind"),
+    [
+        (lambda module: module.register_parameter("schedule", torch.nn.Parameter(torch.ones(2))), "a parameter"),
+        (lambda module: module.add_module("schedule", torch.nn.Linear(2, 2)), "a submodule"),
+    ],
+)
+def test_registering_under_the_name_of_a_setting_is_refused(register, kind):
+    with pytest.raises(AttributeError, match=f"schedule is a setting of MuonMixin and cannot be {kind}"):
+        register(Net())
+
+
+def test_a_value_of_the_modules_own_is_told_apart_from_a_wrong_setting():
+    with pytest.raises(TypeError, match=r"got 'cosine'.*is a setting of MuonMixin: what the module keeps for itself"):
+        Net().schedule = "cosine"
+
+
+def test_hyperparameters_of_the_modules_own_stay_where_they_are(tmp_path):
+    class Configured(MuonMixin, Bare):
+        def __init__(self, config):
+            super().__init__()
+            self.save_hyperparameters(config)
+
+    config = {"schedule": "cosine", "lr": 0.1}
+    fit(Configured(config)).save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert config.items() <= saved["hyper_parameters"].items()
+    assert Configured.load_from_checkpoint(tmp_path / "a.ckpt", config={}).schedule is None

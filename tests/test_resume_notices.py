@@ -1,10 +1,15 @@
 """What a resumed run goes on with is what its checkpoint has, and where that is not what was given, a line says so."""
 
+from functools import partial
+
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from lightning_muon import NorMuon
+from lightning_muon import Muon, NorMuon, UseMuon
 from lightning_muon.schedules import Constant, Cosine, Linear
+from tests.lightning_helpers import Items, Net, WithOptimizer, trainer
 from tests.ways import KINDS, WAYS, train
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
@@ -71,3 +76,66 @@ def test_a_schedule_that_is_new_is_named_and_runs_over_the_rest(way, saved, recw
     again = train(way, max_epochs=4, schedule=Linear(), ckpt_path=saved(way))
     assert len(lines(recwarn, "saved without a schedule: Linear(", "over the rest")) == 1
     assert again.lr_scheduler_configs[0].scheduler.total_steps == 8
+
+
+# Rates that are not what was given, and should not be
+
+
+class Own(Net):
+    """Its optimizer with a scheduler of the module's own."""
+
+    kind = "OneCycleLR"
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedulers = torch.optim.lr_scheduler
+        if self.kind == "OneCycleLR":
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            return [optimizer], [schedulers.OneCycleLR(optimizer, peaks, total_steps=40)]
+        if self.kind == "ReduceLROnPlateau":
+            plateau = schedulers.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "loss"}}
+        self.scheduler = schedulers.LambdaLR(optimizer, lambda step: 1.0)
+        return optimizer
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "ReduceLROnPlateau", "kept by the module"])
+def test_schedulers_of_the_modules_own_say_nothing(kind, saved, recwarn, monkeypatch):
+    monkeypatch.setattr(Own, "kind", kind)
+    settings = {"classes": (Own, Own), "limit_val_batches": 1}
+    train("mixin", max_epochs=3, ckpt_path=saved("mixin", **settings), **settings)
+    assert not lines(recwarn, "given now")
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("schedule", [None, Linear()], ids=str)
+def test_weight_averaging_goes_on(way, schedule, tmp_path, recwarn):
+    """It has a scheduler of its own, and takes away the other."""
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def run(**kwargs):
+        averaging = StochasticWeightAveraging(swa_lrs=[0.01] * 4, swa_epoch_start=1)
+        return train(way, max_epochs=5, schedule=schedule, callbacks=[averaging, Save()], **kwargs)
+
+    whole = rates(run())
+    assert rates(run(ckpt_path=tmp_path / "2.ckpt")) == pytest.approx(whole)
+    assert not lines(recwarn, "given now")
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+def test_other_options_are_named_and_the_checkpoints_count(way, tmp_path, recwarn):
+    def run(epochs, ckpt_path=None, **options):
+        settings = {"matrix_optimizer": partial(Muon, **options)}
+        module, extra = (Net(**settings), []) if way == "mixin" else (WithOptimizer(), [UseMuon(**settings)])
+        used = trainer(max_steps=-1, max_epochs=epochs, callbacks=extra)
+        used.fit(module, datamodule=Items(4), ckpt_path=ckpt_path)
+        return used
+
+    run(1, weight_decay=0.3, momentum=0.9).save_checkpoint(tmp_path / "a.ckpt")
+    again = run(2, tmp_path / "a.ckpt", momentum=0.9)
+    assert next(g["weight_decay"] for g in again.optimizers[0].param_groups if g["name"] == "matrix") == 0.3
+    (line,) = lines(recwarn, "options of its checkpoint")
+    assert "given now: weight_decay of matrix 0.3 (given now: 0.1). To use" in line

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from lightning_muon import Muon, MuonMixin, UseMuon
+from lightning_muon import Muon, MuonMixin, UseMuon, configure_hybrid_optimizer
 from lightning_muon.schedules import Constant, Cosine, Linear, WarmupStableDecay
 from tests.lightning_helpers import BATCH, Bare, Items, Net, WithOptimizer, trainer
 from tests.ways import KINDS, WAYS, train
@@ -244,3 +244,70 @@ def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwa
         assert len(named) == 1
         assert "Manual has the schedule Linear(" in named[0]
         assert "self.lr_schedulers().step()" in named[0]
+
+
+def test_max_time_under_manual_optimization():
+    """Without a number of steps the rate would stay at the start of the warmup, which is 0."""
+
+    class Manual(MuonMixin, Bare):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            self.lr_schedulers().step()
+
+    schedule, rates = Linear(warmup=0.2), Rates()
+    optimizers = {"matrix_optimizer": partial(Muon, lr=0.02), "other_optimizer": partial(torch.optim.AdamW, lr=0.001)}
+    clock = Clock({"seconds": 20})
+    used = trainer(max_steps=-1, max_epochs=-1, callbacks=[clock, rates])
+    used.fit(Manual(schedule=schedule, **optimizers), datamodule=Items(4))
+    assert rates.seen[:20] == whole(schedule, 20)
+
+
+@pytest.mark.parametrize(
+    "name", ["Timer", "GradientAccumulationScheduler", "LearningRateFinder", "StochasticWeightAveraging"]
+)
+def test_callbacks_of_the_users_own_with_lightnings_names(name):
+    seen, _ = fit(Linear(), Items(4), type(name, (pl.Callback,), {})())
+    assert seen == whole(Linear(), 8)
+
+
+def test_a_search_for_the_batch_size_in_mid_run(tmp_path):
+    class Later(BatchSizeFinder):
+        def on_fit_start(self, *args):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.scale_batch_size(trainer, pl_module)
+
+    finder = Later(mode="power", steps_per_trial=1, init_val=4, max_trials=2)
+    seen, used = fit(Linear(), Sized(), finder, max_epochs=3, default_root_dir=str(tmp_path))
+    assert seen[:16] == pytest.approx([Linear().at_step(step, 48) for step in range(16)])
+    left = used.global_step - 16
+    assert seen[16:] == pytest.approx([Linear().at_step(step, 16 + left) for step in range(16, 16 + left)])
+
+
+@pytest.mark.parametrize("way", ["mixin", "UseMuon"])
+@pytest.mark.parametrize("update", [True, False])
+def test_a_rate_that_a_tuner_leaves_in_the_module_is_not_used_in_silence(way, update, tmp_path, recwarn):
+    module, extra = with_rate((0.001, 0.001), way)
+    used = trainer(callbacks=extra, default_root_dir=tmp_path)
+    Tuner(used).lr_find(module, datamodule=Items(), num_training=5, update_attr=update, early_stop_threshold=None)
+    named = [str(w.message) for w in recwarn if "Tuner.lr_find writes its rate into" in str(w.message)]
+    assert len(named) == update
+    assert all("the fits that follow do not use it. Give its suggestion() as lr" in line for line in named)
+
+
+def test_a_rate_of_the_modules_own_that_a_tuner_sets_is_used(tmp_path, recwarn):
+    class Reads(Bare):
+        lr = 0.001
+
+        def configure_optimizers(self):
+            return configure_hybrid_optimizer(self, partial(Muon, lr=self.lr), partial(torch.optim.AdamW, lr=self.lr))
+
+    Tuner(trainer(default_root_dir=tmp_path)).lr_find(Reads(), datamodule=Items(), num_training=5)
+    assert not [w for w in recwarn if "Tuner.lr_find writes" in str(w.message)]

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from lightning_muon import HybridOptimizer, Muon, NorMuon, ParameterRule, UseMuon
+from lightning_muon import HybridOptimizer, Muon, MuonCLI, NorMuon, ParameterRule, UseMuon
 from lightning_muon.schedules import Cosine, Linear
 from tests.lightning_helpers import QUIET, Bare, Items, Layers, Net, WithOptimizer, assert_same, fit, trainer, weights
 
@@ -316,3 +316,38 @@ def test_an_optimizer_on_the_instance_is_refused():
 def test_settings_are_checked_at_the_door(settings, error):
     with pytest.raises(TypeError, match=error):
         UseMuon(**settings)
+
+
+def test_two_of_them_are_refused():
+    with pytest.raises(RuntimeError, match="several UseMuon, and one of them would have no effect"):
+        fit(WithOptimizer(), callbacks=[use(), use()])
+
+
+@pytest.mark.parametrize("first", ["validate", "fit"])
+def test_a_module_without_a_method_can_be_fitted_after_another_run(first):
+    """Lightning refuses a module that has no configure_optimizers when the next fit starts."""
+    cli = MuonCLI(
+        Bare, args=[], run=False, trainer_defaults={**QUIET, "max_epochs": 1}, save_config_callback=None,
+        seed_everything_default=0,
+    )  # fmt: skip
+    getattr(cli.trainer, first)(cli.model, datamodule=Items())
+    cli.trainer.fit_loop.max_epochs = 2
+    cli.trainer.fit(cli.model, datamodule=Items())
+    assert isinstance(cli.trainer.optimizers[0], HybridOptimizer)
+
+
+@pytest.mark.parametrize("base", [WithOptimizer, Net])
+def test_a_method_that_is_set_during_setup_is_refused(base):
+    class Sets(base):
+        def setup(self, stage):
+            self.configure_optimizers = lambda: torch.optim.SGD(self.parameters(), 0.1)
+
+    with pytest.raises(RuntimeError, match=r"during setup, so that UseMuon has no effect|was replaced on the instance"):
+        fit(Sets(), callbacks=[use()] if base is WithOptimizer else [])
+
+
+def test_a_child_whose_parameters_are_all_frozen_is_described():
+    module = WithOptimizer()
+    module.layers.up.requires_grad_(False)
+    module.layers.down.requires_grad_(False)
+    assert "Muon(lr=0.02, weight_decay=0.1) for 'matrix'" in notice(module)

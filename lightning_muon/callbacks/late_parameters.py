@@ -38,6 +38,7 @@ class LateParameters(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._new(trainer, pl_module) and len(trainer.optimizers) == 1:
             joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
+            self._count = -1  # what joined may have taken the places of others
             names = ", ".join(f"{entry.name} ({entry.group})" for entry in joined)
             rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
 

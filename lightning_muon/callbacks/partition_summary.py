@@ -36,8 +36,12 @@ class PartitionSummary(Callback):
 
     def __init__(self, parameter_rules: list[ParameterRule] | None = None) -> None:
         self.parameter_rules: Sequence[ParameterRule] = tuple(parameter_rules or ())
+        self.only_for: Optimizer | None = None
+        """The optimizer of the only fit that it is shown for: a Trainer keeps its callbacks for later fits."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.only_for is not None and self.only_for not in trainer.optimizers:
+            return
         self.show(pl_module, trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     @rank_zero_only

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.schedules import ScheduledLR
 
+_PLAIN = (bool, int, float, str, tuple)
+
 
 class ResumedRates(Callback):
-    """Says which learning rates and which schedule a run goes on with that continues from a checkpoint.
+    """Says which rates, options and schedule a run goes on with that continues from a checkpoint.
 
-    The checkpoint's rates count, as everywhere in torch and Lightning. A warning names those that were given and are
-    not used. A run that was saved under a schedule and is given none would stay at the rate of its last step, often
-    0: it is refused.
+    The checkpoint's rates and options count, as everywhere in torch and Lightning. A warning names those that were
+    given and are not used. A run that was saved under a schedule and is given none would stay at the rate of its last
+    step, often 0: it is refused.
 
     A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
     themselves.
@@ -27,14 +32,19 @@ class ResumedRates(Callback):
 
     def __init__(self, optimizer: HybridOptimizer) -> None:
         self.optimizer = optimizer
-        self.given: Mapping[str, float] = optimizer.configured_rates
+        self._look()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look()  # the module's own schedulers, which may set peaks, are there; the checkpoint's state is not yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.ckpt_path or self.optimizer not in trainer.optimizers:
             return
+        if any(averaging._scheduler_state for averaging in callbacks_named(trainer, "StochasticWeightAveraging")):
+            return  # it goes on with rates of its own
         groups = self.optimizer.param_groups
         scheduled = [group for group in groups if "initial_lr" in group]
-        if scheduled and not trainer.lr_scheduler_configs:
+        if scheduled and not trainer.lr_scheduler_configs and not self._by_hand:
             rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in scheduled)
             raise RuntimeError(
                 f"The checkpoint {trainer.ckpt_path} was saved under a schedule, and {type(pl_module).__name__} has "
@@ -42,16 +52,31 @@ class ResumedRates(Callback):
                 "again, e.g. schedule=Cosine(), or schedule=Constant() to go on at its peak. To train with new rates "
                 "load the weights alone: load_from_checkpoint, and fit without ckpt_path."
             )
+        # Schedulers without a peak, such as ReduceLROnPlateau, have lowered the rate itself.
+        adaptive = any(not isinstance(config.scheduler, ScheduledLR) for config in trainer.lr_scheduler_configs)
         changed = [
-            f"{name} {rate:.3g} (given now: {self.given[name]:.3g})"
-            for name, rate in self.optimizer.peak_rates.items()
-            if name in self.given and rate != self.given[name]
+            f"{group['name']} {peak:.3g} (given now: {self.given[group['name']]:.3g})"
+            for group in groups
+            if group.get("name") in self.given
+            and ("initial_lr" in group or not adaptive)
+            and (peak := float(group.get("initial_lr", group["lr"]))) != self.given[group["name"]]
         ]
         if changed:
             rank_zero_warn(
                 f"The run goes on with the learning rates of its checkpoint, not with those given now: "
                 f"{', '.join(changed)}. To use new rates load the weights alone: load_from_checkpoint, and fit without "
                 "ckpt_path."
+            )
+        options = [
+            f"{key} of {group['name']} {group[key]} (given now: {value})"
+            for group in groups
+            for key, value in self.options.get(group.get("name", ""), {}).items()
+            if group.get(key) != value and not (adaptive and key in ("momentum", "betas"))
+        ]
+        if options:
+            rank_zero_warn(
+                f"The run goes on with the options of its checkpoint, not with those given now: {', '.join(options)}. "
+                "To use new ones load the weights alone: load_from_checkpoint, and fit without ckpt_path."
             )
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
@@ -60,3 +85,13 @@ class ResumedRates(Callback):
                     f"The checkpoint was saved without a schedule: {scheduler.schedule!r} starts now, over the rest of "
                     "the run."
                 )
+
+    def _look(self) -> None:
+        groups = self.optimizer.param_groups
+        self.given: Mapping[str, float] = {g["name"]: float(g.get("initial_lr", g["lr"])) for g in groups}
+        children = getattr(self.optimizer, "optimizers", {"": self.optimizer}).values()
+        known = {name for child in children for name in inspect.signature(type(child)).parameters} - {"lr", "params"}
+        self.options: Mapping[str, dict[str, Any]] = {
+            g["name"]: {key: g[key] for key in known & g.keys() if isinstance(g[key], _PLAIN)} for g in groups
+        }
+        self._by_hand = any("initial_lr" in group for group in groups)  # or Lightning has the scheduler

@@ -20,8 +20,8 @@ class ScheduleLength(Callback):
     Under ``max_time`` the schedule follows the clock wherever that ends the run first, the same on all processes.
     A rate that ``LearningRateFinder`` has found becomes the rate at the schedule's peak.
 
-    Under manual optimization the module steps its schedule itself: the length that the run had at its start stays. A
-    warning names a schedule that nobody steps.
+    Under manual optimization the module steps its schedule itself: the length that the run had at its start stays,
+    unless ``max_time`` ends the run. A warning names a schedule that nobody steps.
 
     A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
     themselves. It looks at schedulers of :mod:`lightning_muon.schedules` only.
@@ -33,23 +33,42 @@ class ScheduleLength(Callback):
 
     def __init__(self) -> None:
         self._begins = True
-        self._length = math.inf
+        self._length = math.nan
         self._found: Any = None
         self._unstepped: list[ScheduledLR] = []
+        self.made: ScheduledLR | None = None
+        """What ``configure_hybrid_optimizer`` made; the Trainer has to have it."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        made = self.made
+        if made is None or made.optimizer not in trainer.optimizers:
+            return
+        kept = [config.scheduler for config in trainer.lr_scheduler_configs]
+        kept += [part for scheduler in kept for part in getattr(scheduler, "_schedulers", ())]
+        if not any(scheduler is made for scheduler in kept):
+            raise RuntimeError(
+                f"configure_optimizers of {type(pl_module).__name__} leaves out the scheduler of "
+                f"schedule={made.schedule!r}: all learning rates would stay where its first step has them. Return the "
+                "dict with the optimizer and the scheduler as it is made, or, to use a scheduler of your own, give no "
+                "schedule."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begins = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         schedulers = _schedulers(trainer)
-        if not schedulers or not pl_module.automatic_optimization:
+        if not schedulers:
             return
+        by_hand = not pl_module.automatic_optimization
         begins, self._begins = self._begins, False
-        if begins:
+        if begins and not by_hand:
             self._take_found_rate(trainer)
             self._length = schedulers[0].last_epoch + steps_left(trainer, batch_idx)
+        elif math.isnan(self._length):  # who steps by hand has the length that was counted at the start
+            self._length = schedulers[0].total_steps
         share = share_of_time(trainer)
-        if not begins and share is None:
+        if share is None and (by_hand or not begins):
             return
         for scheduler in schedulers:
             by_clock = (scheduler.last_epoch + 0.5) / share if share else math.inf
@@ -102,8 +121,10 @@ def steps_left(trainer: Trainer, batches_done: int) -> float:
     if trainer.max_epochs in (-1, None) or math.isinf(batches):
         return by_steps
     first = trainer.current_epoch
-    by_epochs = sum(math.ceil(batches / _accumulation(trainer, epoch)) for epoch in range(first, trainer.max_epochs))
-    return min(by_steps, by_epochs - batches_done // _accumulation(trainer, first))
+    epochs = [math.ceil(batches / _accumulation(trainer, epoch)) for epoch in range(first, trainer.max_epochs)]
+    # A search for the batch size in mid-run leaves the count of the old batches: one step of the epoch follows then.
+    done = min(batches_done // _accumulation(trainer, first), max(epochs[0] - 1, 0)) if epochs else 0
+    return min(by_steps, sum(epochs) - done)
 
 
 def share_of_time(trainer: Trainer) -> float | None:

@@ -121,3 +121,16 @@ def test_a_module_without_an_optimizer_of_ours_is_shown_as_it_would_be(capsys):
     assert "WithOptimizer trains with SGD. With MuonMixin or UseMuon its partition would" in text
     assert "up" not in rows_with(text, "matrix")
     assert "down" in rows_with(text, "matrix")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_later_fit_of_another_module_shows_it_only_where_asked(asked, capsys):
+    """A Trainer keeps its callbacks."""
+    summary = [PartitionSummary()] if asked else []
+    used = fit(Net(), enable_model_summary=True, callbacks=summary, max_steps=-1, max_epochs=1)
+    assert "matrix: 2 matrices" in capsys.readouterr().out
+    used.fit_loop.max_epochs = 2
+    used.fit(WithOptimizer(), torch.utils.data.DataLoader([]))
+    assert ("trains with SGD" in capsys.readouterr().out) == asked
+    used.fit(Net(), torch.utils.data.DataLoader([]))
+    assert capsys.readouterr().out.count("matrix: 2 matrices") == 1

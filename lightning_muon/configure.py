@@ -36,6 +36,10 @@ MatrixOptimizerCallable: TypeAlias = (
 OtherOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], AdamW] | OptimizerCallable
 
 
+REACHED = "_muon_mixin_reached"
+"""The attribute of a module that asks what :func:`configure_hybrid_optimizer` makes for it."""
+
+
 def configure_hybrid_optimizer(
     module: LightningModule,
     matrix_optimizer: MatrixOptimizerCallable | None = None,
@@ -81,9 +85,10 @@ def configure_hybrid_optimizer(
     if trainer is not None:
         _check_rate_finder(trainer, optimizer)
         _warn_of_averaging_rate(trainer, optimizer)
-        _add_callbacks(trainer, optimizer, parameter_rules)
+        _add_callbacks(trainer, optimizer)
+        watch_parameters(trainer, optimizer, parameter_rules)
     if schedule is None:
-        return optimizer
+        return _made(module, optimizer)
     if trainer is None:
         raise RuntimeError(
             f"{type(module).__name__} has a schedule but no Trainer that knows the length of the run. Outside a "
@@ -91,7 +96,10 @@ def configure_hybrid_optimizer(
         )
     scheduler = _scheduler(schedule, optimizer, trainer)
     next(c for c in trainer.callbacks if type(c) is ScheduleLength).made = scheduler  # type: ignore[attr-defined]
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+    return _made(
+        module,
+        {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}},
+    )
 
 
 def check_settings(matrix_optimizer: object, other_optimizer: object, schedule: object, where: str = "") -> None:
@@ -138,6 +146,19 @@ def add_matrix_layouts(
         checkpoint[LAYOUTS_KEY] = partition.layouts()
     except (TypeError, ValueError) as error:  # no reason to lose a checkpoint
         rank_zero_warn(f"The checkpoint does not say how matrices are read: {error}")
+
+
+def watch_parameters(trainer: Trainer, optimizer: HybridOptimizer, rules: Sequence[ParameterRule] = ()) -> None:
+    """Have parameters that join later trained, and those that no optimizer has named; see :class:`LateParameters`."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [LateParameters(optimizer, rules), *(c for c in callbacks if type(c) is not LateParameters)]
+
+
+def _made(module: LightningModule, configured: OptimizerLRScheduler) -> OptimizerLRScheduler:
+    """Tells the ``configure_optimizers`` that is under way, if it asks, what it has been given."""
+    if REACHED in vars(module):
+        vars(module)[REACHED] = configured
+    return configured
 
 
 def _scheduler(schedule: Schedule, optimizer: HybridOptimizer, trainer: Trainer) -> ScheduledLR:
@@ -200,13 +221,13 @@ def _warn_of_averaging_rate(trainer: Trainer, optimizer: HybridOptimizer) -> Non
             )
 
 
-def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer, rules: Sequence[ParameterRule]) -> None:
+def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer) -> None:
     """What has to happen around the steps of a hybrid; those of an earlier fit are replaced."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    ours = (ScheduleLength, ResumedRates, LateParameters)
+    ours = (ScheduleLength, ResumedRates)
     callbacks[:] = [callback for callback in callbacks if type(callback) not in ours and not _of_earlier_fit(callback)]
     # First, so that monitors of the learning rate see the rate of the step that comes.
-    callbacks[:0] = [ScheduleLength(), ResumedRates(optimizer), LateParameters(optimizer, rules)]
+    callbacks[:0] = [ScheduleLength(), ResumedRates(optimizer)]
     if callbacks_named(trainer, "ModelSummary") and not callbacks_named(trainer, "PartitionSummary"):
         summary = PartitionSummary()
         summary.only_for = optimizer

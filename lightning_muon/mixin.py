@@ -13,12 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_muon.configure import (
+    REACHED,
     MatrixOptimizerCallable,
     OtherOptimizerCallable,
     add_matrix_layouts,
     attached_trainer,
     check_settings,
     configure_hybrid_optimizer,
+    watch_parameters,
 )
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
@@ -159,20 +161,17 @@ class MuonMixin(_ModuleMethods):
                 matrices into flat pieces.
         """
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
-        _warn_of_inner_settings(self)
+        warn_of_inner_settings(self)
         keep = (
             f"define configure_optimizers in {type(self).__name__}, take the optimizer from "
             "super().configure_optimizers() and return it with your scheduler"
         )
-        configured = configure_in_place_of(
+        return configure_in_place_of(
             own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None,
             self,
             Replacement("MuonMixin", "matrix_optimizer, other_optimizer and schedule", keep),
             **{name: getattr(self, name) for name in SETTINGS},
         )
-        if _REACHED in vars(self):
-            vars(self)[_REACHED] = configured
-        return configured
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Nothing to add; the first hook of a run, used to refuse an optimizer that would replace this one unseen."""
@@ -224,7 +223,6 @@ class MuonMixin(_ModuleMethods):
                 vars(self)["_hparams_initial"].pop(name, None)
 
 
-_REACHED = "_muon_mixin_reached"
 """What the mixin's configure_optimizers made, while one that stands before it runs."""
 _SAVED_SETTINGS = "muon_settings"
 """Where a checkpoint keeps the settings that a command line gave, as configuration."""
@@ -235,14 +233,14 @@ def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def configure_optimizers(self: MuonMixin) -> Any:
-        outermost = _REACHED not in vars(self)
-        vars(self)[_REACHED] = None
+        outermost = REACHED not in vars(self)
+        vars(self)[REACHED] = None
         try:
             configured = method(self)
-            made = vars(self)[_REACHED]
+            made = vars(self)[REACHED]
         finally:
             if outermost:
-                del vars(self)[_REACHED]
+                del vars(self)[REACHED]
         if made is None:
             _check_own(self, method, configured)
         else:
@@ -278,10 +276,14 @@ def _check_own(module: MuonMixin, method: Callable[..., Any], configured: Any) -
     """Refuse what a ``configure_optimizers`` made that never called the mixin's, unless it is a hybrid by itself."""
     given = [name for name in SETTINGS if getattr(module, name)]
     optimizers, _ = optimizers_in(configured)
-    if not given and any(isinstance(optimizer, HybridOptimizer) for optimizer in optimizers):
+    hybrids = [optimizer for optimizer in optimizers if isinstance(optimizer, HybridOptimizer)]
+    trainer = attached_trainer(module)
+    if hybrids and not given:
+        if trainer is not None:
+            watch_parameters(trainer, hybrids[0])
         return
     names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
-    unused = f"the settings {', '.join(given)} are not used" if given else "no matrix is trained with Muon"
+    unused = f"{' and '.join(given)} would have no effect" if given else "no matrix is trained with Muon"
     raise RuntimeError(
         f"{method.__qualname__} returns {names} and never calls MuonMixin's, so that {unused}. Take the optimizer from "
         "`super().configure_optimizers()` and return it, with your scheduler if you have one; or remove "
@@ -313,7 +315,8 @@ def _check_not_replaced(module: MuonMixin) -> None:
         )
 
 
-def _warn_of_inner_settings(module: MuonMixin) -> None:
+def warn_of_inner_settings(module: nn.Module) -> None:
+    """Warn of settings that mixin modules inside ``module`` were given, which its own optimizer does not use."""
     for name, part in module.named_modules():
         given = [key for key in SETTINGS if part is not module and isinstance(part, MuonMixin) and getattr(part, key)]
         if given:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -133,7 +134,7 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
     """
     name = method.__qualname__
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             optimizers, schedulers = optimizers_in(method(module))
     except Exception as error:  # whatever it needs, it is not used

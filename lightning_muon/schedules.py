@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 _SAVED_SCHEDULE = "schedule_name"
 
@@ -88,13 +89,13 @@ class Schedule(ABC):
         return f"{type(self).__name__}({settings})"
 
 
-class ScheduledLR(LRScheduler):
+class ScheduledLR(LambdaLR):
     """Sets the learning rate of each param group to its own peak rate times the multiplier of a schedule.
 
-    It is a ``torch.optim.lr_scheduler.LambdaLR`` for all groups at once. It also takes groups that join during the run,
-    as when layers are unfrozen: the rate that a group is added with is its rate at the peak of the schedule. Its state
-    is the number of steps taken and the name of the schedule: a resumed run follows the schedule, and the length of the
-    run, that it is given anew, and a warning says so where the saved schedule was another.
+    It is a ``torch.optim.lr_scheduler.LambdaLR`` with one multiplier for all groups. It also takes groups that join
+    during the run, as when layers are unfrozen: the rate that a group is added with is its rate at the peak of the
+    schedule. Its state is the number of steps taken and the name of the schedule: a resumed run follows the schedule,
+    and the length of the run, that it is given anew, and a warning says so where the saved schedule was another.
 
     Args:
         optimizer: the optimizer to schedule.
@@ -106,7 +107,12 @@ class ScheduledLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: float, last_epoch: int = -1) -> None:
         self.schedule = schedule
         self.total_steps = total_steps
-        super().__init__(optimizer, last_epoch)
+        LRScheduler.__init__(self, optimizer, last_epoch)
+
+    @property
+    def lr_lambdas(self) -> list[Callable[[int], float]]:  # type: ignore[override]
+        """The multiplier of each step, once a group, as callbacks that add groups look it up."""
+        return [lambda step: self.schedule.at_step(step, self.total_steps)] * len(self.optimizer.param_groups)
 
     def get_lr(self) -> list[Any]:
         """The learning rates of the step that comes next, one a group."""
@@ -129,14 +135,14 @@ class ScheduledLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, which a checkpoint loads with ``weights_only=True``."""
-        state: dict[str, Any] = super().state_dict()
+        state: dict[str, Any] = LRScheduler.state_dict(self)
         kept = {key: value for key, value in state.items() if key not in ("schedule", "total_steps")}
         return {**kept, _SAVED_SCHEDULE: repr(self.schedule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the step at which ``state_dict`` was saved; warns if that was under another schedule."""
         saved = state_dict.get(_SAVED_SCHEDULE)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _SAVED_SCHEDULE})
+        LRScheduler.load_state_dict(self, {key: value for key, value in state_dict.items() if key != _SAVED_SCHEDULE})
         if saved is not None and saved != repr(self.schedule):
             warnings.warn(
                 f"The saved run had the schedule {saved}. This one goes on at step {self.last_epoch} with "

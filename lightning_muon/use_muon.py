@@ -15,7 +15,7 @@ from lightning_muon.configure import (
     add_matrix_layouts,
     check_settings,
 )
-from lightning_muon.mixin import MuonMixin
+from lightning_muon.mixin import MuonMixin, warn_of_inner_settings
 from lightning_muon.partition import ParameterRule
 from lightning_muon.replaced import Replacement, configure_in_place_of, own_method
 from lightning_muon.schedules import Schedule
@@ -31,7 +31,9 @@ class UseMuon(Callback):
     optimizer or the Trainer themselves and take ``callbacks``. During a fit it stands in for the module's
     ``configure_optimizers``; a warning says which optimizer, learning rate and scheduler are not used. After the fit
     the module is as it was, and its checkpoints load in its own class: ``Theirs.load_from_checkpoint(path)``. To go
-    on from a checkpoint (``fit(ckpt_path=...)``) give the callback with the same settings.
+    on from a checkpoint (``fit(ckpt_path=...)``) give the callback with the same settings. Checkpoints hold
+    ``"matrix_layouts"`` for ``lightning-muon spectra``, but for those of ``save_weights_only=True``, of which Lightning
+    tells no callback.
 
     It runs in Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``. Lightning wants every module to define a
     ``configure_optimizers``: one that does not needs an empty one, or the mixin, or :class:`MuonCLI`.
@@ -130,6 +132,7 @@ def _configure_optimizers(module: LightningModule, use: UseMuon) -> OptimizerLRS
         f"leave out {use.replaced_by}, make the optimizer in configure_optimizers by "
         "lightning_muon.configure_hybrid_optimizer(self, ...) and return it with your scheduler"
     )
+    warn_of_inner_settings(module)
     return configure_in_place_of(
         own_method(type(module)),
         module,

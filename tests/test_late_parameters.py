@@ -189,6 +189,22 @@ def test_a_parameter_in_no_optimizer_is_named_once(way, recwarn):
     assert "get gradients and are in no optimizer: late." in text
 
 
+def test_no_hook_of_torch_stays_after_a_fit():
+    from torch.nn.modules import module as torch_module
+
+    registries = (torch_module._global_parameter_registration_hooks, torch_module._global_module_registration_hooks)
+    before = [len(registry) for registry in registries]
+    train("mixin", max_epochs=1)
+
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train("mixin", callbacks=[Fails()], max_epochs=1)
+    assert [len(registry) for registry in registries] == before
+
+
 @EVERY_WAY
 def test_nothing_is_said_of_an_ordinary_fit(way, recwarn):
     train(way, data=Items(4), max_epochs=2)

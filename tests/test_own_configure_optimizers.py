@@ -105,7 +105,7 @@ def test_settings_that_would_have_no_effect_are_named(setting):
             return HybridOptimizer.from_module(self)
 
     fit(Own())
-    with pytest.raises(RuntimeError, match=f"the settings {next(iter(setting))} are not used"):
+    with pytest.raises(RuntimeError, match=f"so that {next(iter(setting))} would have no effect"):
         fit(Own(**setting))
 
 
@@ -141,6 +141,24 @@ def test_methods_that_end_in_a_hybrid_are_left_alone(cls, recwarn):
     if fitted.lr_scheduler_configs:
         assert {group["lr"] / group["initial_lr"] for group in fitted.optimizers[0].param_groups} == {0.25}
     assert not [w for w in recwarn if "replace" in str(w.message)]
+
+
+def test_the_function_in_place_of_super_counts_too():
+    class ByFunction(MuonMixin, Bare):
+        def configure_optimizers(self):
+            return configure_hybrid_optimizer(self, self.matrix_optimizer, schedule=self.schedule)
+
+    fitted = fit(ByFunction(matrix_optimizer=partial(Muon, lr=0.3), schedule=Linear()))
+    assert fitted.optimizers[0].peak_rates["matrix"] == 0.3
+
+
+def test_a_part_that_no_hybrid_of_a_module_has_is_named():
+    class Forgets(SeveralHybrids):
+        def configure_optimizers(self):
+            return super().configure_optimizers()
+
+    with pytest.warns(UserWarning, match=r"in no optimizer: layers\.embed\.weight"):
+        fit(Forgets(), Items(2), max_steps=-1, max_epochs=1)
 
 
 def test_a_callback_hook_without_super_does_not_hide_a_replaced_method():

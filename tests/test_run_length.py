@@ -121,6 +121,24 @@ def test_other_data_on_resume(tmp_path):
     assert rest == pytest.approx([schedule.at_step(step, 4 + 20) for step in range(4, 24)])
 
 
+class OfUnknownLength(Items):
+    def train_dataloader(self):
+        batches = list(super().train_dataloader())
+
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter(batches)
+
+        return DataLoader(Stream(), batch_size=None)
+
+
+def test_data_of_unknown_length_tells_its_length_in_the_first_epoch():
+    schedule = Linear()
+    seen, _ = fit(schedule, OfUnknownLength(4), max_epochs=3, max_steps=100)
+    assert seen[:4] == pytest.approx([schedule.at_step(step, 100) for step in range(4)])
+    assert seen[4:] == pytest.approx([schedule.at_step(step, 12) for step in range(4, 12)])
+
+
 class Clock(Timer):
     """A Timer whose clock is the number of steps: a second each."""
 

@@ -139,6 +139,15 @@ def test_a_group_added_during_the_run_has_its_rate_at_the_peak(schedule):
         scheduler.step()
 
 
+def test_callbacks_that_add_groups_find_a_lambda_lr():
+    """finetuning-scheduler takes known schedulers only, and asks them for the multiplier of a new group."""
+    optimizer = two_groups()
+    scheduler = Cosine(warmup=3).scheduler(optimizer, 12)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    assert len(scheduler.lr_lambdas) == len(optimizer.param_groups)
+    assert scheduler.lr_lambdas[-1](5) == Cosine(warmup=3).at_step(5, 12)
+
+
 def test_a_length_set_anew_moves_the_rates_at_once():
     optimizer = two_groups()
     scheduler = Linear().scheduler(optimizer, 10)

@@ -259,6 +259,40 @@ def test_parameters_that_its_own_optimizer_leaves_out_are_named():
     assert "embed" not in text
 
 
+def test_settings_of_an_inner_module_with_the_mixin_are_named():
+    class Outer(WithOptimizer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Net(schedule=Linear())
+
+    with pytest.warns(UserWarning, match=r"schedule of the inner module 'inner' \(Net\) are not used"):
+        fit(Outer(), callbacks=[use()])
+
+
+def test_random_numbers_that_its_own_method_draws_are_given_back():
+    class Draws(Bare):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=float(torch.rand(1)))
+
+    states = []
+
+    class Record(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            states.append(torch.get_rng_state())
+
+    for cls in (Draws, WithOptimizer):
+        torch.manual_seed(0)
+        module = cls()
+        fit(module, callbacks=[use(), Record()])
+    assert torch.equal(*states)
+
+
+def test_a_checkpoint_of_its_own_optimizer_is_refused_with_the_cure(tmp_path):
+    fit(seeded()).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"saved by another optimizer.*Load the weights alone"):
+        trainer(callbacks=[use()], max_steps=9).fit(seeded(), datamodule=Items(), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_what_its_own_method_freezes_is_frozen():
     class Freezes(Bare):
         def configure_optimizers(self):

@@ -8,6 +8,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils.hooks import RemovableHandle
 
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, partition_parameters
@@ -31,19 +36,45 @@ class LateParameters(Callback):
     def __init__(self, optimizer: HybridOptimizer, parameter_rules: Sequence[ParameterRule] = ()) -> None:
         self.optimizer = optimizer
         self.parameter_rules = parameter_rules
-        self._count = -1
-        self._known: set[Tensor] = set()
+        self._handles: list[RemovableHandle] = []
+        self._changed = True
+        self._outside: set[Tensor] = set()
         self._named: set[Tensor] = set()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A walk over a large model takes milliseconds: torch tells when a module or a parameter is put in anywhere.
+        if self.optimizer in trainer.optimizers:
+            self._stop()
+            self._handles = [
+                register_module_parameter_registration_hook(self._note_change),
+                register_module_module_registration_hook(self._note_change),
+            ]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._changed = True
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._new(trainer, pl_module) and len(trainer.optimizers) == 1:
-            joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
-            self._count = -1  # what joined may have taken the places of others
-            names = ", ".join(f"{entry.name} ({entry.group})" for entry in joined)
-            rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
+        if self._handles and self._changed:
+            self._look(trainer, pl_module)
+            if len(trainer.optimizers) == 1 and any(parameter.requires_grad for parameter in self._outside):
+                joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
+                self._look(trainer, pl_module)
+                names = ", ".join(f"{entry.name} ({entry.group})" for entry in joined)
+                rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        outside = {p for p in self._new(trainer, pl_module) if p.grad is not None} - self._named
+        if self._handles and self._changed:
+            self._look(trainer, pl_module)
+        outside = {parameter for parameter in self._outside - self._named if parameter.grad is not None}
+        if outside:
+            self._look(trainer, pl_module)  # some may have joined since
+            outside &= self._outside
         if outside:
             self._named |= outside
             found = [name for name, parameter in pl_module.named_parameters() if parameter in outside]
@@ -54,14 +85,19 @@ class LateParameters(Callback):
                 "configure_optimizers is called (in __init__ or configure_model)."
             )
 
-    def _new(self, trainer: Trainer, module: LightningModule) -> set[Tensor]:
-        """Trainable parameters that are in no optimizer, and that the hybrid does not wait for either."""
-        if self.optimizer not in trainer.optimizers:  # a later fit, of another module
-            return set()
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        count = sum(len(group["params"]) for group in groups)
-        if count != self._count:
-            self._count = count
-            self._known = {parameter for group in groups for parameter in group["params"]}
-            self._known |= {entry.parameter for entry in self.optimizer.partition or ()}
-        return {p for p in module.parameters() if p.requires_grad and p not in self._known}
+    def _note_change(self, *registered: Any) -> None:
+        self._changed = True
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._changed, self._outside = True, set()
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find the parameters that are in no optimizer, and that no hybrid waits for either."""
+        known = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        hybrids = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, HybridOptimizer)]
+        known |= {entry.parameter for hybrid in hybrids for entry in hybrid.partition or ()}
+        self._outside = {parameter for parameter in module.parameters() if parameter not in known}
+        self._changed = False

@@ -17,6 +17,7 @@ class ScheduleLength(Callback):
 
     The number of steps that are left is counted anew at the start of each epoch: after a search for the batch size,
     with a ``GradientAccumulationScheduler``, in a second ``fit``, with another ``max_steps`` or other data on resume.
+    Data of unknown length follows ``max_steps`` in its first epoch, which tells the length of the others.
     Under ``max_time`` the schedule follows the clock wherever that ends the run first, the same on all processes.
     A rate that ``LearningRateFinder`` has found becomes the rate at the schedule's peak.
 
@@ -34,6 +35,7 @@ class ScheduleLength(Callback):
     def __init__(self) -> None:
         self._begins = True
         self._length = math.nan
+        self._batches = 0
         self._found: Any = None
         self._unstepped: list[ScheduledLR] = []
         self.made: ScheduledLR | None = None
@@ -64,9 +66,12 @@ class ScheduleLength(Callback):
         begins, self._begins = self._begins, False
         if begins and not by_hand:
             self._take_found_rate(trainer)
-            self._length = schedulers[0].last_epoch + steps_left(trainer, batch_idx)
+            self._length = schedulers[0].last_epoch + steps_left(trainer, batch_idx, self._batches)
         elif math.isnan(self._length):  # who steps by hand has the length that was counted at the start
             self._length = schedulers[0].total_steps
+        self._batches = batch_idx + 1
+        if not (begins or _steps_now(trainer, batch_idx)):
+            return
         share = share_of_time(trainer)
         if share is None and (by_hand or not begins):
             return
@@ -109,15 +114,18 @@ def steps_of_run(trainer: Trainer) -> float:
     return steps_left(trainer, 0)
 
 
-def steps_left(trainer: Trainer, batches_done: int) -> float:
+def steps_left(trainer: Trainer, batches_done: int, last_epoch: int = 0) -> float:
     """Optimizer steps until the end of the run; infinite if unknown.
 
     Args:
         trainer: about to train a batch.
         batches_done: how many batches of the current epoch are done.
+        last_epoch: how many batches the epoch before had, which tells where the data does not; 0 if there was none.
     """
     by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
     batches = trainer.num_training_batches
+    if math.isinf(batches) and last_epoch:
+        batches = last_epoch
     if trainer.max_epochs in (-1, None) or math.isinf(batches):
         return by_steps
     first = trainer.current_epoch
@@ -136,6 +144,12 @@ def share_of_time(trainer: Trainer) -> float | None:
             elapsed = timer.time_elapsed()
             shares.append(min(elapsed / max(elapsed + left, 1e-9), 1.0))
     return trainer.strategy.broadcast(max(shares)) if shares else None
+
+
+def _steps_now(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps after this batch: no need to ask for the time on others."""
+    done = batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
 
 
 def _accumulation(trainer: Trainer, epoch: int) -> int:

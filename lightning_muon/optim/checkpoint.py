@@ -222,8 +222,9 @@ def _match_by_place(
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
     if sizes != saved_sizes:
         raise ValueError(
-            "The optimizer state has no names of parameters, so that it is taken in the order that it has; but its "
-            f"param groups have {saved_sizes} parameters, and those of this optimizer {sizes}."
+            f"The optimizer state was saved by another optimizer: it has param groups of {saved_sizes} parameters "
+            f"without names, and this one has groups of {sizes}. Load the weights alone and let this one start anew "
+            "(Lightning: Module.load_from_checkpoint(path), then fit without ckpt_path)."
         )
     return [
         LoadingGroup(

@@ -162,10 +162,7 @@ class MuonMixin(_ModuleMethods):
         """
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
         warn_of_inner_settings(self)
-        keep = (
-            f"define configure_optimizers in {type(self).__name__}, take the optimizer from "
-            "super().configure_optimizers() and return it with your scheduler"
-        )
+        keep = f"return it with the optimizer of super().configure_optimizers() from a method of {type(self).__name__}"
         return configure_in_place_of(
             own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None,
             self,
@@ -238,6 +235,14 @@ def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             configured = method(self)
             made = vars(self)[REACHED]
+        except TypeError as error:
+            if isinstance(vars(self)[REACHED], dict):  # taken for the optimizer that it is without a schedule
+                raise RuntimeError(
+                    f"{method.__qualname__} failed ({error}). {type(self).__name__} has schedule={self.schedule!r}, so "
+                    "that super().configure_optimizers() returns a dict of the optimizer and its scheduler. Give no "
+                    "schedule where configure_optimizers adds a scheduler of its own."
+                ) from error
+            raise
         finally:
             if outermost:
                 del vars(self)[REACHED]
@@ -321,9 +326,9 @@ def warn_of_inner_settings(module: nn.Module) -> None:
         given = [key for key in SETTINGS if part is not module and isinstance(part, MuonMixin) and getattr(part, key)]
         if given:
             rank_zero_warn(
-                f"{', '.join(given)} of the inner module {name!r} ({type(part).__name__}) are not used: the settings "
-                f"of {type(module).__name__} hold for all of it. Give them there; rules select by name, e.g. "
-                f"ParameterRule(pattern='{name}.*', options={{'lr': 1e-3}})."
+                f"The inner module {name!r} ({type(part).__name__}) has settings that are not used: "
+                f"{', '.join(given)}. Those of {type(module).__name__} hold for all of it. Give them there; rules "
+                f"select by name, e.g. ParameterRule(pattern='{name}.*', options={{'lr': 1e-3}})."
             )
 
 

@@ -86,6 +86,8 @@ def configure_in_place_of(
 ) -> OptimizerLRScheduler:
     """:func:`configure_hybrid_optimizer`, with a warning of what a method that it replaces would have made.
 
+    A method that makes a hybrid optimizer by itself is not replaced.
+
     Args:
         method: the function that is replaced, not bound; None if there is none.
         module: the module.
@@ -98,6 +100,14 @@ def configure_in_place_of(
     if method is None:
         return configure_hybrid_optimizer(module, **settings)
     own = look_at(module, method, by=replacement.by)  # first, as it may freeze layers
+    if own.hybrid is not None:
+        given = [name for name, value in settings.items() if value]
+        if given:
+            raise RuntimeError(
+                f"{own.name} makes a HybridOptimizer by itself, which is used: {' and '.join(given)} of "
+                f"{replacement.by} would have no effect. Give them in {own.name}."
+            )
+        return own.hybrid
     configured = configure_hybrid_optimizer(module, **settings)
     rank_zero_warn(replacement_notice(own, configured, replacement))
     return configured
@@ -112,12 +122,14 @@ class OwnOptimizers:
         described: what is not used, in a sentence: optimizers with their rates, and schedulers.
         reads: hyperparameters and attributes that its code reads, with their values.
         left_out: names of the trainable parameters that none of its optimizers has.
+        hybrid: what it returned, if that is a hybrid optimizer; None otherwise.
     """
 
     name: str
     described: str
     reads: list[str]
     left_out: list[str]
+    hybrid: OptimizerLRScheduler = None
 
 
 def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> OwnOptimizers:
@@ -136,10 +148,13 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            optimizers, schedulers = optimizers_in(method(module))
+            returned = method(module)
+        optimizers, schedulers = optimizers_in(returned)
     except Exception as error:  # whatever it needs, it is not used
         described = f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are not used"
         return OwnOptimizers(name, described, _settings_read(module, method), [])
+    if any(isinstance(optimizer, HybridOptimizer) for optimizer in optimizers):
+        return OwnOptimizers(name, "", [], [], returned)
     trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
     left_out = [(n, p) for n, p in trainable if optimizers and p not in held]
@@ -199,7 +214,7 @@ def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replace
     )
     return (
         f"{by} replaces {own.name}: {own.described}.{no_effect}{trained} {_used(configured)} Set "
-        f"{replacement.settings} instead. To keep a scheduler of your own, {replacement.keep}."
+        f"{replacement.settings} instead; to keep a scheduler of your own, {replacement.keep}."
     )
 
 
@@ -208,7 +223,7 @@ def _describe(optimizer: Optimizer) -> str:
     for key in ("lr", "weight_decay"):
         groups = optimizer.param_groups or [optimizer.defaults]  # all its parameters are frozen
         values = [group.get(f"initial_{key}", group.get(key)) for group in groups]
-        if all(isinstance(value, (int, float)) for value in values):
+        if all(isinstance(value, (int, float)) for value in values) and (key == "lr" or any(values)):
             shown.append(f"{key}={' and '.join(dict.fromkeys(f'{value:g}' for value in values))}")
     return f"{type(optimizer).__name__}({', '.join(shown)})"
 
@@ -217,8 +232,8 @@ def _used(configured: Any) -> str:
     (hybrid, *_), schedulers = optimizers_in(configured)
     assert isinstance(hybrid, HybridOptimizer)
     children = " and ".join(f"{_describe(child)} for {name!r}" for name, child in hybrid.optimizers.items())
-    schedule = "with a schedule" if schedulers else "at constant rates"
-    return f"The fit uses {children}, {schedule}."
+    schedule = ", ".join(repr(getattr(scheduler, "schedule", scheduler)) for scheduler in schedulers)
+    return f"The fit uses {children}, {schedule or 'at constant rates'}."
 
 
 def _settings_read(module: LightningModule, function: Callable[..., Any]) -> list[str]:

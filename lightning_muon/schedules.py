@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-_SAVED_SCHEDULE = "schedule_name"
+SAVED_SCHEDULE = "schedule_name"
+"""Where the state of a :class:`ScheduledLR` keeps its schedule, as text."""
 
 
 class Schedule(ABC):
@@ -137,12 +138,24 @@ class ScheduledLR(LambdaLR):
         """Plain values, which a checkpoint loads with ``weights_only=True``."""
         state: dict[str, Any] = LRScheduler.state_dict(self)
         kept = {key: value for key, value in state.items() if key not in ("schedule", "total_steps")}
-        return {**kept, _SAVED_SCHEDULE: repr(self.schedule)}
+        return {**kept, SAVED_SCHEDULE: repr(self.schedule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the step at which ``state_dict`` was saved; warns if that was under another schedule."""
-        saved = state_dict.get(_SAVED_SCHEDULE)
-        LRScheduler.load_state_dict(self, {key: value for key, value in state_dict.items() if key != _SAVED_SCHEDULE})
+        """Go on from the step at which ``state_dict`` was saved; warns if that was under another schedule.
+
+        The state of a scheduler of another kind, which counts epochs perhaps, is not loaded: the schedule starts anew.
+        """
+        own = LRScheduler.state_dict(self).keys() - {"schedule", "total_steps"}
+        foreign = sorted(k for k in state_dict if k not in {*own, SAVED_SCHEDULE, "verbose"} and not k.startswith("_"))
+        if foreign:
+            warnings.warn(
+                f"The saved run had a scheduler of another kind (its state has {', '.join(foreign)}), which is not "
+                f"loaded: {self.schedule!r} starts anew.",
+                stacklevel=2,
+            )
+            return
+        LRScheduler.load_state_dict(self, {key: value for key, value in state_dict.items() if key in own})
+        saved = state_dict.get(SAVED_SCHEDULE)
         if saved is not None and saved != repr(self.schedule):
             warnings.warn(
                 f"The saved run had the schedule {saved}. This one goes on at step {self.last_epoch} with "

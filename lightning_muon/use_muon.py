@@ -36,7 +36,8 @@ class UseMuon(Callback):
     tells no callback.
 
     It runs in Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``. Lightning wants every module to define a
-    ``configure_optimizers``: one that does not needs an empty one, or the mixin, or :class:`MuonCLI`.
+    ``configure_optimizers``: one that does not needs one that returns None, or the mixin, or :class:`MuonCLI`. One that
+    makes a :class:`HybridOptimizer` by itself is left alone.
 
     Args:
         matrix_optimizer: called with the param groups of the matrices: a class or ``functools.partial(Muon, lr=1e-3)``.
@@ -128,10 +129,7 @@ class UseMuon(Callback):
 
 
 def _configure_optimizers(module: LightningModule, use: UseMuon) -> OptimizerLRScheduler:
-    keep = (
-        f"leave out {use.replaced_by}, make the optimizer in configure_optimizers by "
-        "lightning_muon.configure_hybrid_optimizer(self, ...) and return it with your scheduler"
-    )
+    keep = "return lightning_muon.configure_hybrid_optimizer(self, ...) with it from that method"
     warn_of_inner_settings(module)
     return configure_in_place_of(
         own_method(type(module)),

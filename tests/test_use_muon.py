@@ -265,7 +265,7 @@ def test_settings_of_an_inner_module_with_the_mixin_are_named():
             super().__init__()
             self.inner = Net(schedule=Linear())
 
-    with pytest.warns(UserWarning, match=r"schedule of the inner module 'inner' \(Net\) are not used"):
+    with pytest.warns(UserWarning, match=r"inner module 'inner' \(Net\) has settings that are not used: schedule\."):
         fit(Outer(), callbacks=[use()])
 
 

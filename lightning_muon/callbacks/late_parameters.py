@@ -38,6 +38,7 @@ class LateParameters(Callback):
         self.parameter_rules = parameter_rules
         self._handles: list[RemovableHandle] = []
         self._changed = True
+        self._trained: set[str] = set()
         self._outside: set[Tensor] = set()
         self._named: set[Tensor] = set()
 
@@ -45,6 +46,7 @@ class LateParameters(Callback):
         # A walk over a large model takes milliseconds: torch tells when a module or a parameter is put in anywhere.
         if self.optimizer in trainer.optimizers:
             self._stop()
+            self._trained = set(self._groups())
             self._handles = [
                 register_module_parameter_registration_hook(self._note_change),
                 register_module_module_registration_hook(self._note_change),
@@ -65,12 +67,20 @@ class LateParameters(Callback):
             if len(trainer.optimizers) == 1 and any(parameter.requires_grad for parameter in self._outside):
                 joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
                 self._look(trainer, pl_module)
-                names = ", ".join(f"{entry.name} ({entry.group})" for entry in joined)
+                self._trained = set(self._groups())
+                names = _some([f"{entry.name} ({entry.group})" for entry in joined])
                 rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._handles and self._changed:
             self._look(trainer, pl_module)
+        groups = self.optimizer.param_groups
+        if self._handles and sum(len(group["params"]) for group in groups) != len(self._trained):
+            now = self._groups()
+            names = _some([f"{name} ({group})" for name, group in now.items() if name not in self._trained])
+            self._trained = set(now)
+            if names and trainer.global_step > 0:  # a resumed run has its own at the first step
+                rank_zero_info(f"Unfrozen since the fit started, and trained from now on: {names}.")
         outside = {parameter for parameter in self._outside - self._named if parameter.grad is not None}
         if outside:
             self._look(trainer, pl_module)  # some may have joined since
@@ -78,12 +88,16 @@ class LateParameters(Callback):
         if outside:
             self._named |= outside
             found = [name for name, parameter in pl_module.named_parameters() if parameter in outside]
-            names = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+            names = _some(found)
             rank_zero_warn(
                 f"{type(pl_module).__name__} has parameters that get gradients and are in no optimizer: {names}. This "
                 "step does not train them. Freeze them with requires_grad_(False), or have them in the module before "
                 "configure_optimizers is called (in __init__ or configure_model)."
             )
+
+    def _groups(self) -> dict[str, str]:
+        """Name of the param group of each parameter that the optimizer trains, by the parameter's name."""
+        return {name: group["name"] for group in self.optimizer.param_groups for name in group["param_names"]}
 
     def _note_change(self, *registered: Any) -> None:
         self._changed = True
@@ -101,3 +115,7 @@ class LateParameters(Callback):
         known |= {entry.parameter for hybrid in hybrids for entry in hybrid.partition or ()}
         self._outside = {parameter for parameter in module.parameters() if parameter not in known}
         self._changed = False
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.optim import HybridOptimizer
-from lightning_muon.schedules import ScheduledLR
+from lightning_muon.schedules import SAVED_SCHEDULE, ScheduledLR
 
 _PLAIN = (bool, int, float, str, tuple)
 
@@ -49,8 +49,9 @@ class ResumedRates(Callback):
             raise RuntimeError(
                 f"The checkpoint {trainer.ckpt_path} was saved under a schedule, and {type(pl_module).__name__} has "
                 f"none now: the learning rates would stay where the schedule left them ({rates}). Give the schedule "
-                "again, e.g. schedule=Cosine(), or schedule=Constant() to go on at its peak. To train with new rates "
-                "load the weights alone: load_from_checkpoint, and fit without ckpt_path."
+                "again, e.g. schedule=Cosine(), or schedule=Constant() to go on at its peak (--schedule on a command "
+                "line). To train with new rates load the weights alone: load_from_checkpoint, and fit without "
+                "ckpt_path."
             )
         # Schedulers without a peak, such as ReduceLROnPlateau, have lowered the rate itself.
         adaptive = any(not isinstance(config.scheduler, ScheduledLR) for config in trainer.lr_scheduler_configs)
@@ -80,6 +81,12 @@ class ResumedRates(Callback):
             )
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
+            saved = getattr(scheduler, SAVED_SCHEDULE, None)  # torch keeps whatever a state holds
+            if saved is not None and not isinstance(scheduler, ScheduledLR):
+                rank_zero_warn(
+                    f"The saved run had the schedule {saved}. {type(scheduler).__name__} goes on now, from the rates "
+                    "at which that ended."
+                )
             if isinstance(scheduler, ScheduledLR) and scheduler.last_epoch == 0 and trainer.global_step > 0:
                 rank_zero_warn(
                     f"The checkpoint was saved without a schedule: {scheduler.schedule!r} starts now, over the rest of "

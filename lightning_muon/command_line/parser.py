@@ -24,6 +24,12 @@ SETTINGS = {
 """The four settings and their help; ``%s`` stands for the option."""
 
 
+_NO_OPTIMIZER_ARGUMENTS = (
+    "MuonCLI has --matrix_optimizer, --other_optimizer and --schedule (under --model. for a module with MuonMixin) in "
+    "place of those that parser.{method} adds. Remove this call from add_arguments_to_parser."
+)
+
+
 class MuonArgumentParser(LightningArgumentParser):
     """``LightningArgumentParser`` with errors of at most eight lines: the cause and near names.
 
@@ -38,6 +44,14 @@ class MuonArgumentParser(LightningArgumentParser):
         """Accepts ``optimizer: null`` and ``lr_scheduler: null``, which every config of a plain LightningCLI has."""
         for name in PLAIN_OPTIONS:
             self.add_argument(f"--{name}", type=type(None), default=None, help=argparse.SUPPRESS)
+
+    def add_optimizer_args(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: MuonCLI has the optimizers of matrices and of the rest."""
+        raise TypeError(_NO_OPTIMIZER_ARGUMENTS.format(method="add_optimizer_args"))
+
+    def add_lr_scheduler_args(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: MuonCLI has ``--schedule``."""
+        raise TypeError(_NO_OPTIMIZER_ARGUMENTS.format(method="add_lr_scheduler_args"))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and ends with exit code 2."""

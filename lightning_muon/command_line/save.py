@@ -36,6 +36,6 @@ class SaveConfigBeside(SaveConfigCallback):
             name for n in count(1) if not exists(os.path.join(folder, name := f"{stem}-v{n}{ending}"))
         )
         rank_zero_info(
-            f"{os.path.join(folder, taken)} is the config of an earlier run and is kept; the config of this run is "
+            f"{os.path.join(folder, taken)} exists and is kept; the config of this run is "
             f"{self.config_filename} beside it."
         )

@@ -14,7 +14,7 @@ from lightning_muon.callbacks.late_parameters import LateParameters
 from lightning_muon.callbacks.lookup import callbacks_named
 from lightning_muon.callbacks.optimizer_modes import OptimizerModes
 from lightning_muon.callbacks.partition_summary import PartitionSummary
-from lightning_muon.callbacks.resumed_rates import ResumedRates
+from lightning_muon.callbacks.resumed_settings import ResumedSettings
 from lightning_muon.callbacks.running import partition_of
 from lightning_muon.callbacks.schedule_length import ScheduleLength, share_of_time, steps_of_run
 from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon
@@ -37,7 +37,7 @@ OtherOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], AdamW] | Optimizer
 
 
 REACHED = "_muon_mixin_reached"
-"""The attribute of a module that asks what :func:`configure_hybrid_optimizer` makes for it."""
+"""While a ``configure_optimizers`` runs: where :func:`configure_hybrid_optimizer` leaves in the module what it made."""
 
 
 def configure_hybrid_optimizer(
@@ -70,12 +70,18 @@ def configure_hybrid_optimizer(
         ``"lr_scheduler"``.
 
     Raises:
-        TypeError: if an optimizer is given instead of what makes one, or the schedule is no ``Schedule``.
+        TypeError: if the module is no LightningModule, an optimizer is given instead of what makes one, or the schedule
+            is no ``Schedule``.
         ValueError: if the schedule needs the length of a run that has none; names ``max_steps``.
         RuntimeError: if there is a schedule but no Trainer, if the strategy shards matrices into flat pieces, if
             gradients cannot be differentiated where an optimizer does so, or if a ``LearningRateFinder`` would give
             groups of different rates one rate.
     """
+    if not any(base.__name__ == "LightningModule" for base in type(module).__mro__):
+        raise TypeError(
+            f"configure_hybrid_optimizer takes the LightningModule, got {type(module).__name__}. For a part of it use "
+            "HybridOptimizer.from_module(part)."
+        )
     check_settings(matrix_optimizer, other_optimizer, schedule)
     trainer = attached_trainer(module)
     if trainer is not None:
@@ -224,10 +230,10 @@ def _warn_of_averaging_rate(trainer: Trainer, optimizer: HybridOptimizer) -> Non
 def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer) -> None:
     """What has to happen around the steps of a hybrid; those of an earlier fit are replaced."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    ours = (ScheduleLength, ResumedRates)
+    ours = (ScheduleLength, ResumedSettings)
     callbacks[:] = [callback for callback in callbacks if type(callback) not in ours and not _of_earlier_fit(callback)]
     # First, so that monitors of the learning rate see the rate of the step that comes.
-    callbacks[:0] = [ScheduleLength(), ResumedRates(optimizer)]
+    callbacks[:0] = [ScheduleLength(), ResumedSettings(optimizer)]
     if callbacks_named(trainer, "ModelSummary") and not callbacks_named(trainer, "PartitionSummary"):
         summary = PartitionSummary()
         summary.only_for = optimizer

@@ -162,6 +162,7 @@ class MuonMixin(_ModuleMethods):
         """
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
         warn_of_inner_settings(self)
+        _check_handed_on(self)
         keep = f"return it with the optimizer of super().configure_optimizers() from a method of {type(self).__name__}"
         return configure_in_place_of(
             own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None,
@@ -195,7 +196,7 @@ class MuonMixin(_ModuleMethods):
         """Takes those settings from the checkpoint that were not given to this module, and says so in a fit."""
         super().on_load_checkpoint(checkpoint)
         saved = {k: v for k, v in checkpoint.get(_SAVED_SETTINGS, {}).items() if not getattr(self, k)}
-        for name, value in _made(saved).items():
+        for name, value in (_made(saved) if saved else {}).items():
             setattr(self, name, value)
         if saved and attached_trainer(self) is not None:
             rank_zero_info(f"Not given, and taken from the checkpoint: {', '.join(sorted(saved))}.")
@@ -215,12 +216,17 @@ class MuonMixin(_ModuleMethods):
             if name not in self.hparams:
                 continue
             value = self.hparams[name]
+            if name in own and isinstance(value, (Schedule, functools.partial)):
+                vars(self).setdefault(_TAKEN, set()).add(name)
             if not _is_plain(value) or (name not in own and not value):
                 del self.hparams[name]
                 vars(self)["_hparams_initial"].pop(name, None)
 
 
 """What the mixin's configure_optimizers made, while one that stands before it runs."""
+_TAKEN = "_muon_mixin_taken"
+"""Where a module keeps the names of settings that an argument of its own constructor took."""
+
 _SAVED_SETTINGS = "muon_settings"
 """Where a checkpoint keeps the settings that a command line gave, as configuration."""
 
@@ -235,7 +241,7 @@ def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             configured = method(self)
             made = vars(self)[REACHED]
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             if isinstance(vars(self)[REACHED], dict):  # taken for the optimizer that it is without a schedule
                 raise RuntimeError(
                     f"{method.__qualname__} failed ({error}). {type(self).__name__} has schedule={self.schedule!r}, so "
@@ -320,6 +326,15 @@ def _check_not_replaced(module: MuonMixin) -> None:
         )
 
 
+def _check_handed_on(module: MuonMixin) -> None:
+    lost = [name for name in vars(module).get(_TAKEN, ()) if not getattr(module, name)]
+    if lost:
+        raise RuntimeError(
+            f"{type(module).__name__}.__init__ takes {lost[0]} itself and does not hand it to super().__init__, so that "
+            "MuonMixin never gets it. Hand it on, or give the argument another name."
+        )
+
+
 def warn_of_inner_settings(module: nn.Module) -> None:
     """Warn of settings that mixin modules inside ``module`` were given, which its own optimizer does not use."""
     for name, part in module.named_modules():
@@ -389,7 +404,8 @@ def _made(settings: dict[str, Any]) -> dict[str, Any]:
     """Optimizers, schedule and rules of their configuration."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_function_arguments(configure_hybrid_optimizer, skip={"module"})
-    made = parser.instantiate_classes(parser.parse_object(settings))
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name before jsonargparse 4.49
+    made = instantiate(parser.parse_object(settings))
     return {name: made[name] for name in settings}
 
 

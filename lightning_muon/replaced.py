@@ -205,7 +205,7 @@ def _check_coverage(
 def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replacement) -> str:
     """What is not used, what is used in its place, and what to write instead."""
     by = replacement.by
-    no_effect = f" What it reads has no effect: {', '.join(own.reads)}." if own.reads else ""
+    no_effect = f" It reads {', '.join(own.reads)}, which no longer change the optimizer." if own.reads else ""
     shown = ", ".join(own.left_out[:4]) + (f" and {len(own.left_out) - 4} more" if len(own.left_out) > 4 else "")
     trained = (
         f" It leaves out {shown}, which {by} trains: freeze them with requires_grad_(False) if they are to stay."
@@ -239,7 +239,10 @@ def _used(configured: Any) -> str:
 def _settings_read(module: LightningModule, function: Callable[..., Any]) -> list[str]:
     """Hyperparameters and plain attributes of the module that the code of a method names."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    names = dict.fromkeys(code.co_names if code is not None else ())
-    names |= dict.fromkeys(c for c in (code.co_consts if code is not None else ()) if isinstance(c, str))
+    if code is None:
+        return []
+    names = dict.fromkeys(code.co_names)
+    if "hparams" in names:  # self.hparams["lr"]
+        names |= dict.fromkeys(constant for constant in code.co_consts if isinstance(constant, str))
     held = {**{key: value for key, value in vars(module).items() if not key.startswith("_")}, **module.hparams}
     return [f"{name}={held[name]}" for name in names if name in held and isinstance(held[name], _PLAIN)]

@@ -32,8 +32,8 @@ class UseMuon(Callback):
     ``configure_optimizers``; a warning says which optimizer, learning rate and scheduler are not used. After the fit
     the module is as it was, and its checkpoints load in its own class: ``Theirs.load_from_checkpoint(path)``. To go
     on from a checkpoint (``fit(ckpt_path=...)``) give the callback with the same settings. Checkpoints hold
-    ``"matrix_layouts"`` for ``lightning-muon spectra``, but for those of ``save_weights_only=True``, of which Lightning
-    tells no callback.
+    ``"matrix_layouts"`` for ``lightning-muon spectra``, except those saved with ``save_weights_only=True``: Lightning
+    does not call callbacks for them.
 
     It runs in Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``. Lightning wants every module to define a
     ``configure_optimizers``: one that does not needs one that returns None, or the mixin, or :class:`MuonCLI`. One that
@@ -117,7 +117,7 @@ class UseMuon(Callback):
         if present is not None and not _is_ours(present):
             raise RuntimeError(
                 f"{kind}.configure_optimizers was replaced on the instance, as LightningCLI does for --optimizer: "
-                "one of both would have no effect. Leave out --optimizer and --lr_scheduler, or UseMuon."
+                "one of the two would have no effect. Leave out --optimizer and --lr_scheduler, or UseMuon."
             )
         # A partial of a function of this module: unlike a bound method it survives pickling, as for ddp_spawn.
         module.configure_optimizers = functools.partial(_configure_optimizers, module, self)  # type: ignore[method-assign]

@@ -6,11 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_muon import MuonMixin
 from lightning_muon.schedules import Constant, Linear
-from tests.lightning_helpers import Bare, Items, WithOptimizer, weights
+from tests.lightning_helpers import Bare, Items, Net, WithOptimizer, trainer, weights
 from tests.ways import KINDS, WAYS, train
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
@@ -202,6 +203,11 @@ def test_no_hook_of_torch_stays_after_a_fit():
 
     with pytest.raises(InterruptedError):
         train("mixin", callbacks=[Fails()], max_epochs=1)
+    assert [len(registry) for registry in registries] == before
+    search = trainer(max_steps=-1, max_epochs=1)
+    module = Net()
+    module.lr = 0.1
+    Tuner(search).lr_find(module, datamodule=Items(4), num_training=4)
     assert [len(registry) for registry in registries] == before
 
 

@@ -152,6 +152,23 @@ def test_the_function_in_place_of_super_counts_too():
     assert fitted.optimizers[0].peak_rates["matrix"] == 0.3
 
 
+def test_a_scheduler_beside_a_schedule_gets_a_sentence():
+    with pytest.raises(RuntimeError, match=r"has schedule=Linear\(.*returns a dict of the optimizer and its scheduler"):
+        fit(KeepsItsScheduler(schedule=Linear()))
+
+
+def test_a_module_that_makes_its_hybrid_is_left_alone_by_use_muon():
+    fitted = fit(KeepsItWithoutMixin(), callbacks=[UseMuon()])
+    assert fitted.optimizers[0].param_groups[-1]["initial_lr"] == 0.02
+    with pytest.raises(RuntimeError, match=r"makes a HybridOptimizer by itself.*schedule of UseMuon would have no"):
+        fit(KeepsItWithoutMixin(), callbacks=[UseMuon(schedule=Linear())])
+
+
+def test_the_function_takes_a_lightning_module():
+    with pytest.raises(TypeError, match=r"takes the LightningModule, got Linear\..*HybridOptimizer\.from_module"):
+        configure_hybrid_optimizer(nn.Linear(2, 2))
+
+
 def test_a_part_that_no_hybrid_of_a_module_has_is_named():
     class Forgets(SeveralHybrids):
         def configure_optimizers(self):
@@ -199,6 +216,17 @@ def test_a_name_that_is_a_setting_gets_a_sentence(name, value, error):
 
 
 @pytest.mark.parametrize("name", ["schedule", "parameter_rules"])
+def test_a_setting_that_the_modules_own_argument_takes_gets_a_sentence():
+    class Takes(MuonMixin, Bare):
+        def __init__(self, schedule="cosine", **kwargs):
+            super().__init__(**kwargs)
+            self.save_hyperparameters()
+
+    fit(Takes())
+    with pytest.raises(RuntimeError, match=r"Takes\.__init__ takes schedule itself and does not hand it to super"):
+        fit(Takes(schedule=Linear()))
+
+
 def test_a_buffer_with_the_name_of_a_setting_gets_a_sentence(name):
     with pytest.raises(AttributeError, match=rf"Net\.{name} is a setting of MuonMixin and cannot be a buffer"):
         Net().register_buffer(name, torch.zeros(3))

@@ -139,3 +139,31 @@ def test_other_options_are_named_and_the_checkpoints_count(way, tmp_path, recwar
     assert next(g["weight_decay"] for g in again.optimizers[0].param_groups if g["name"] == "matrix") == 0.3
     (line,) = lines(recwarn, "options of its checkpoint")
     assert "given now: weight_decay of matrix 0.3 (given now: 0.1). To use" in line
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_another_optimizer_is_refused(way, kind, saved):
+    other = NorMuon if kind == "Muon" else KINDS["Muon"]
+    path = saved(way, kind=KINDS[kind])
+    with pytest.raises(ValueError, match=r"saved by .*oad the weights alone"):
+        train(way, max_epochs=3, kind=other, ckpt_path=path)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("own", [True, False], ids=["to its own scheduler", "from its own scheduler"])
+def test_a_scheduler_of_another_kind_is_named(way, own, saved, recwarn):
+    class Steps(pl.Callback):
+        """Puts a scheduler of torch in place of ours."""
+
+        def on_fit_start(self, trainer, pl_module):
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizers[0], 2)
+
+    first, second = ([], [Steps()]) if own else ([Steps()], [])
+    path = saved(way, schedule=Cosine(), callbacks=first)
+    train(way, max_epochs=3, schedule=Cosine(), callbacks=second, ckpt_path=path)
+    wanted = (
+        ("saved run had the schedule Cosine(", "StepLR goes on") if own else ("scheduler of another kind", "step_size")
+    )
+    assert len(lines(recwarn, *wanted)) == 1

@@ -239,7 +239,7 @@ def test_a_found_rate_is_the_peak_of_the_schedule(way, schedule, tmp_path):
 # Schedules that nobody steps
 
 
-@pytest.mark.parametrize("steps", [True, False], ids=["stepped", "forgotten"])
+@pytest.mark.parametrize("steps", ["each step", "each epoch", ""], ids=["stepped", "by epoch", "forgotten"])
 def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwarn):
     class Manual(MuonMixin, Bare):
         automatic_optimization = False
@@ -249,7 +249,11 @@ def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwa
             optimizer.zero_grad()
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
-            if steps:
+            if steps == "each step":
+                self.lr_schedulers().step()
+
+        def on_train_epoch_end(self):
+            if steps == "each epoch":
                 self.lr_schedulers().step()
 
     module = Manual()

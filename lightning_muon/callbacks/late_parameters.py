@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_muon.optim import HybridOptimizer
@@ -24,6 +26,9 @@ class LateParameters(Callback):
     Layers that are unfrozen join the optimizer by themselves (:class:`lightning_muon.HybridOptimizer`). Layers that are
     new, e.g. an adapter that a hook puts in, join here before the next batch: by the role that they have in the module
     as it is then. A parameter that gets a gradient while it is in no optimizer is named in a warning, once.
+
+    ``DistributedDataParallel`` averages the gradients of what was trainable when it was built, and of nothing that
+    joins later: those gradients are averaged here before the step.
 
     A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
     themselves.
@@ -39,6 +44,7 @@ class LateParameters(Callback):
         self._handles: list[RemovableHandle] = []
         self._changed = True
         self._trained: set[str] = set()
+        self._averaged: set[Tensor] = set()
         self._outside: set[Tensor] = set()
         self._named: set[Tensor] = set()
 
@@ -47,13 +53,14 @@ class LateParameters(Callback):
         if self.optimizer in trainer.optimizers:
             self._stop()
             self._trained = set(self._groups())
+            self._averaged = {parameter for parameter in pl_module.parameters() if parameter.requires_grad}
             self._handles = [
                 register_module_parameter_registration_hook(self._note_change),
                 register_module_module_registration_hook(self._note_change),
             ]
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop()  # also after a search by Tuner, which ends a fit in its middle
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -95,6 +102,14 @@ class LateParameters(Callback):
                 "configure_optimizers is called (in __init__ or configure_model)."
             )
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._handles and trainer.world_size > 1 and _wraps_in_ddp(trainer):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in self._averaged and parameter.requires_grad:
+                        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                        parameter.grad = trainer.strategy.reduce(grad, reduce_op="mean")
+
     def _groups(self) -> dict[str, str]:
         """Name of the param group of each parameter that the optimizer trains, by the parameter's name."""
         return {name: group["name"] for group in self.optimizer.param_groups for name in group["param_names"]}
@@ -115,6 +130,10 @@ class LateParameters(Callback):
         known |= {entry.parameter for hybrid in hybrids for entry in hybrid.partition or ()}
         self._outside = {parameter for parameter in module.parameters() if parameter not in known}
         self._changed = False
+
+
+def _wraps_in_ddp(trainer: Trainer) -> bool:
+    return any(base.__name__ == "DDPStrategy" for base in type(trainer.strategy).__mro__)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ class ScheduleLength(Callback):
         self._begins = True
         self._length = math.nan
         self._batches = 0
+        self._first = 0
         self._found: Any = None
         self._unstepped: list[ScheduledLR] = []
         self.made: ScheduledLR | None = None
@@ -55,8 +56,15 @@ class ScheduleLength(Callback):
                 "schedule."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first = trainer.global_step
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begins = True
+        self._warn_of_unstepped(trainer, pl_module)  # not at the end of an epoch: the module's own hook comes later
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_of_unstepped(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         schedulers = _schedulers(trainer)
@@ -79,12 +87,12 @@ class ScheduleLength(Callback):
             by_clock = (scheduler.last_epoch + 0.5) / share if share else math.inf
             scheduler.set_length(max(min(self._length, by_clock), 1.0))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _warn_of_unstepped(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for scheduler in _schedulers(trainer):
-            if scheduler.last_epoch == 0 and trainer.global_step > 0 and scheduler not in self._unstepped:
+            if scheduler.last_epoch == 0 and trainer.global_step > self._first and scheduler not in self._unstepped:
                 self._unstepped.append(scheduler)
                 how = (
-                    "Call self.lr_schedulers().step() after each step of the optimizer."
+                    "Call self.lr_schedulers().step() after each step of the optimizer: the schedule counts these."
                     if not pl_module.automatic_optimization
                     else "Call scheduler.step() in lr_scheduler_step."
                 )

@@ -62,8 +62,8 @@ class SpectralMonitor(Callback):
         exclude: globs on the names of parameters to leave out.
         per_parameter: log each matrix, not only aggregates.
         print_table: print a table at the end of an epoch.
-        plot: make figures at the end of the fit; takes matplotlib. Where no logger shows figures, what was measured is
-            written as CSV either way; beside TensorBoard or W&B no file is.
+        plot: make figures at the end of the fit; takes matplotlib. Beside TensorBoard or W&B no file is written. With
+            any other logger, or none, the measured values are written as CSV, with or without ``plot``.
         parameter_rules: rules of the partition, besides the module's own; of no effect where a
             :class:`lightning_muon.HybridOptimizer` of all parameters brings its partition.
         max_spectrum_size: matrices with more rows and columns than this are not decomposed.

@@ -22,7 +22,9 @@ from lightning_muon.schedules import Linear
 from tests.lightning_helpers import Items
 from tests.ways import train
 
-way, strategy, folder = sys.argv[1:]
+from tests.test_late_parameters import Freeze
+
+way, strategy, folder, freeze = sys.argv[1:]
 
 
 class Write(pl.Callback):
@@ -39,18 +41,28 @@ class Write(pl.Callback):
 
 
 if __name__ == "__main__":
-    train(way, schedule=Linear(), data=Items(8), callbacks=[Write()], max_epochs=2, strategy=strategy, devices=2)
+    callbacks = [Write(), *([Freeze(("up", "embed"))] if freeze else [])]
+    train(way, schedule=Linear(), data=Items(8), callbacks=callbacks, max_epochs=2, strategy=strategy, devices=2)
 """
 
 
 @pytest.mark.parametrize(("way", "strategy"), [*((way, "ddp_spawn") for way in WAYS), ("MuonCLI", "ddp")])
 def test_both_processes_train_with_the_hybrid(way, strategy, tmp_path):
     """A module that a callback or the command line gives its optimizer has it in every process."""
+    both_equal(way, strategy, tmp_path)
+
+
+def test_layers_unfrozen_under_ddp_stay_equal(tmp_path):
+    """DistributedDataParallel averages no gradient of what was frozen when it was built."""
+    both_equal("mixin", "ddp_spawn", tmp_path, freeze="yes")
+
+
+def both_equal(way, strategy, tmp_path, freeze=""):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [sys.executable, script, way, strategy, str(tmp_path)],
+        [sys.executable, script, way, strategy, str(tmp_path), freeze],
         capture_output=True, text=True, check=False, timeout=200, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

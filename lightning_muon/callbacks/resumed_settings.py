@@ -1,4 +1,4 @@
-"""ResumedRates: what a resumed run goes on with is said."""
+"""ResumedSettings: what a resumed run goes on with is said."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_muon.schedules import SAVED_SCHEDULE, ScheduledLR
 _PLAIN = (bool, int, float, str, tuple)
 
 
-class ResumedRates(Callback):
+class ResumedSettings(Callback):
     """Says which rates, options and schedule a run goes on with that continues from a checkpoint.
 
     The checkpoint's rates and options count, as everywhere in torch and Lightning. A warning names those that were

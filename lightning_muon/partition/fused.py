@@ -58,7 +58,7 @@ _MAMBA_2 = {
     "NemotronHMamba2Mixer",
     "Zamba2MambaMixer",
 }
-_GATED = {"GLU", "GEGLU", "GeGLU", "ReGLU", "REGLU", "SwiGLU", "SwishGLU"}
+_GATED = {"GLU", "GEGLU", "GeGLU", "ReGLU", "REGLU", "SwiGLU", "SwishGLU", "GatedLinearUnit"}
 _QKV_LIKE = re.compile(r"kv", re.IGNORECASE)
 _SHORT_CONV = {"Lfm2ShortConv", "Lfm2MoeShortConv"}
 
@@ -86,7 +86,7 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
             blocks = find(name, parent, fan_out, fan_in)
             if blocks is not None and blocks.repeats * sum(blocks.split) == fan_out:
                 return blocks
-    if _gated_in_sequential(site, fan_out):
+    if _gated_in_sequential(site, fan_out) or _gated_beside(site, fan_out):
         return Blocks((fan_out // 2,) * 2, note="value | gate")
     called = (*(name for name, _ in names), *site.path[-2:])
     if any(map(_MAYBE_FUSED.search, called)) and fan_out != fan_in:
@@ -178,7 +178,19 @@ def _gated_in_sequential(site: Site, fan_out: int) -> bool:
     place = next((index for index, (name, _) in enumerate(layers) if name == site.owner_name), len(layers))
     following = (layer for _, layer in layers[place + 1 :] if "dropout" not in type(layer).__name__.lower())
     gate = next(following, None)
-    return gate is not None and type(gate).__name__ in _GATED and not any(True for _ in gate.parameters())
+    return gate is not None and _is_gate(gate)
+
+
+def _gated_beside(site: Site, fan_out: int) -> bool:
+    """Whether a gated activation stands beside a layer, and a layer beside takes half of what this one gives."""
+    if site.parent is None or isinstance(site.parent, nn.Sequential) or fan_out % 2:
+        return False
+    return fan_out // 2 in _widths_taken(site.parent) and any(map(_is_gate, site.parent.children()))
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Whether a module multiplies one half of its input by a gate made of the other, without weights of its own."""
+    return type(module).__name__ in _GATED and not any(True for _ in module.parameters())
 
 
 def _falcon(parent: nn.Module, fan_out: int, heads: int) -> Blocks | None:

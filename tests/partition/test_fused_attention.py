@@ -72,6 +72,14 @@ BY_SIZES = {
     "a layer with its norm": (
         Parts(qkv=Parts(linear=nn.Linear(16, 48), bn=nn.BatchNorm1d(48))), "qkv.linear", "3 of 16 x 16",
     ),
+    "a gated activation beside (monai)": (
+        Parts(linear1=nn.Linear(16, 64), linear2=nn.Linear(32, 16), fn=type("GEGLU", (nn.Module,), {})()),
+        "linear1",
+        "2 of 32 x 16",
+    ),
+    "a gated activation of its own in a Sequential (gluonts)": (
+        nn.Sequential(nn.Linear(16, 64), type("GatedLinearUnit", (nn.Module,), {})()), "0", "2 of 32 x 16",
+    ),
     "nn.GLU": (nn.Sequential(nn.Linear(16, 64), nn.Dropout(), nn.GLU()), "0", "2 of 32 x 16"),
 }  # fmt: skip
 
@@ -104,6 +112,9 @@ UNSETTLED = {
     "q, k, v and an MLP": (attention("to_qkv_mlp_proj", 112), "to_qkv_mlp_proj", True),
     "a rearrangement behind": (
         Parts(to_qkv=nn.Sequential(nn.Linear(16, 48), type("Rearrange", (nn.Module,), {})())), "to_qkv.0", True,
+    ),
+    "a gated activation beside, and nothing takes a half": (
+        Parts(wide=nn.Linear(16, 64), back=nn.Linear(64, 16), fn=type("GEGLU", (nn.Module,), {})()), "wide", False,
     ),
     "no such name": (attention("wide", 48), "wide", False),
 }  # fmt: skip

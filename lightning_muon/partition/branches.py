@@ -44,7 +44,8 @@ def _may_read_feature_map(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 def is_fused(leaf: Leaf) -> bool:
     """Whether a layer fuses several maps, or perhaps does: q, k and v, or a value and its gate."""
-    return fused_blocks(leaf.site, leaf.fan_out, leaf.fan_in) != Blocks()
+    blocks = fused_blocks(leaf.site, leaf.fan_out, leaf.fan_in)
+    return blocks != Blocks() and blocks.inner
 
 
 def is_normed_or_embedded(width: int, sites: Sequence[Site]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_muon.partition.code import fused_maps
+from lightning_muon.partition.code import Fused, evaluate_size, fused_maps
 from lightning_muon.partition.linear import linear_shape
 from lightning_muon.partition.sites import Site
 
@@ -64,11 +64,19 @@ _SHORT_CONV = {"Lfm2ShortConv", "Lfm2MoeShortConv"}
 
 
 class Blocks(NamedTuple):
-    """Sizes of the maps along fan-out, how often they recur, and a phrase for the user; no sizes for one matrix."""
+    """The maps that a layer fuses; no sizes for one matrix.
+
+    Args:
+        split: sizes of the maps along fan-out.
+        repeats: how often they recur.
+        note: a phrase for the user.
+        inner: whether the output is a hidden state for sure; heads are split too, into boxes and classes.
+    """
 
     split: tuple[int, ...] = ()
     repeats: int = 1
     note: str = ""
+    inner: bool = True
 
 
 def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
@@ -94,8 +102,11 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
     return Blocks()
 
 
-def raw_blocks(name: str, fan_out: int, fan_in: int) -> Blocks:
-    """One map for a tensor that a module holds itself, with a note where its name says that it may fuse several."""
+def raw_blocks(name: str, owner: nn.Module, fan_out: int, fan_in: int) -> Blocks:
+    """The maps of a tensor that a module holds itself, as its code cuts them; a note if only its name says several."""
+    blocks = _of_code(name, owner, fan_out, fan_in)
+    if blocks is not None:
+        return blocks
     return Blocks(note=_UNSETTLED) if _MAYBE_FUSED.search(name) and fan_out != fan_in else Blocks()
 
 
@@ -148,20 +159,31 @@ def _of_known_class(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> 
 
 
 def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
-    """Equal parts into which the parent's code cuts the output of the layer."""
+    """Parts into which the parent's code cuts the output of the layer."""
     fused = fused_maps(type(parent)).get(name)
-    if fused is None or fan_out % fused.parts:
+    if fused is None:
         return None
-    part = fan_out // fused.parts
+    sizes = _sizes_of_parts(fused, parent, fan_out)
+    if not sizes or sum(sizes) != fan_out or min(sizes) < 1:
+        return None
     convolved = isinstance(_child(parent, name), nn.modules.conv._ConvNd)
-    if fused.dim is None:
-        certain = part in _widths_taken(parent)
-    else:
-        certain = fused.dim in ({1, -3, -4} if convolved else {-1, 2, 3})
-    if not certain:
+    certain = fused.dim in ({1, -3, -4} if convolved else {-1, 2, 3})
+    # Different sizes that add up to the fan-out are none of tokens.
+    certain = certain or (fused.dim in {None, 1} and len(set(fused.sizes)) > 1)
+    if not certain and (fused.dim is not None or not set(sizes) <= _widths_taken(parent)):
         return None
     names = {3: "q | k | v", 2: "k | v"} if _QKV_LIKE.search(name) else {}
-    return Blocks((part,) * fused.parts, note=names.get(fused.parts, f"{fused.parts} parts, as its code cuts them"))
+    note = names.get(fused.parts, f"{fused.parts} parts, as its code cuts them")
+    return Blocks(sizes, note=note, inner=not fused.sizes)
+
+
+def _sizes_of_parts(fused: Fused, parent: nn.Module, fan_out: int) -> tuple[int, ...]:
+    """Rows of each part; empty where the code leaves them open."""
+    if not fused.sizes:
+        return (fan_out // fused.parts,) * fused.parts if fan_out % fused.parts == 0 else ()
+    sizes = [evaluate_size(size, parent) for size in fused.sizes]
+    known = [size for size in sizes if size is not None]
+    return tuple(known) if len(known) == len(sizes) else ()
 
 
 def _child(parent: nn.Module, name: str) -> nn.Module | None:

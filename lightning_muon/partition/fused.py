@@ -174,7 +174,8 @@ def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks 
         return None
     names = {3: "q | k | v", 2: "k | v"} if _QKV_LIKE.search(name) else {}
     note = names.get(fused.parts, f"{fused.parts} parts, as its code cuts them")
-    return Blocks(sizes, note=note, inner=not fused.sizes)
+    by_name = _MAYBE_FUSED.search(name) or _of_common_name(name, parent, fan_out, fan_in)
+    return Blocks(sizes, note=note, inner=not fused.sizes or bool(by_name))
 
 
 def _sizes_of_parts(fused: Fused, parent: nn.Module, fan_out: int) -> tuple[int, ...]:

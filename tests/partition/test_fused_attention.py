@@ -247,6 +247,23 @@ def test_raw_parameters_as_the_code_splits_them():
     assert layout_of(HSTU(), "uvqk") == "T 12 x 16 + 12 x 16 + 8 x 16 + 8 x 16"
 
 
+def test_a_projection_at_the_end_of_a_decoder_that_the_code_splits_stays_hidden():
+    """Interpretable attention of neuralforecast, whose output projection is as wide as its input."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.values = 16, 4
+            self.qkv_linears = nn.Linear(16, 36)
+
+        def forward(self, x):
+            return self.qkv_linears(x).split((self.queries, self.queries, self.values), dim=-1)
+
+    module = Parts(encoder=nn.Linear(5, 16), decoder=Parts(attention=Attention()), head=nn.Linear(16, 3))
+    entry = partition_parameters(module)["decoder.attention.qkv_linears.weight"]
+    assert (entry.role, entry.layout.split) == ("hidden", (16, 16, 4))
+
+
 def test_a_head_that_the_code_splits_is_a_head():
     class Detector(nn.Module):
         def __init__(self) -> None:

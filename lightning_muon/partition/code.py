@@ -22,6 +22,7 @@ from torch import nn
 _CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous"}
 _FLIPS = {"t", "T", "mT", "transpose"}
 _ACTIVATIONS = {"silu", "swish", "relu", "gelu", "elu", "sigmoid", "tanh", "softplus", "act", "act_fn", "activation"}
+_NORM = re.compile(r"(^|_)(ln|(layer|rms)?_?norm|drop(out)?)(_|$)", re.IGNORECASE)
 _EQUATION = re.compile(r"^([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)$")
 # Rows of such tensors are things that inputs are compared with: x @ self.keys.T is no layer.
 _ROWS = re.compile(
@@ -152,7 +153,7 @@ def _cut(call: ast.Call, targets: int) -> tuple[ast.expr, Fused] | None:
 def _sources(node: ast.expr, self_name: str, made: Mapping[str, set[str]]) -> set[str]:
     """The layers and maps of ``self`` whose outputs an expression is.
 
-    ``self.name(...)``, ``x @ self.name`` and the like, a local name, an activation, or a sum of these.
+    ``self.name(...)``, ``x @ self.name`` and the like, a local name, an activation or a norm, or a sum of these.
     """
     if isinstance(node, ast.Name):
         return made.get(node.id, set())
@@ -164,7 +165,7 @@ def _sources(node: ast.expr, self_name: str, made: Mapping[str, set[str]]) -> se
         return left | right if left and right else set()
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return set()
-    if node.func.attr.lower() in _ACTIVATIONS and node.args:
+    if node.args and (node.func.attr.lower() in _ACTIVATIONS or _NORM.search(node.func.attr)):
         return _sources(node.args[0], self_name, made)
     return {node.func.attr} if _is_attribute_of(node.func, self_name) else set()
 

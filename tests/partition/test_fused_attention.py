@@ -184,7 +184,7 @@ class Split(nn.Module):
         self.other_sum = nn.Linear(16, 24)
         self.along_tokens = nn.Linear(16, 32)
         self.rest = nn.Linear(16, 32)
-        self.from_input = nn.Linear(8, 64)
+        self.from_input, self.ln_input = nn.Linear(8, 64), nn.LayerNorm(64)
         self.from_state = nn.Linear(16, 64)
 
     def forward(self, x, h):
@@ -197,6 +197,7 @@ class Split(nn.Module):
         m, n = self.along_tokens(x).split([self.config.width, self.config.width], dim=0)
         o, *p = self.rest(x).split(self.config.width, dim=-1)
         gates_x = self.from_input(x)
+        gates_x = self.ln_input(gates_x)
         gates = gates_x + self.from_state(h)
         q, r, s, t = gates.chunk(4, dim=1)
         return dt, b, c, beta, gamma, e, f, g, i, j, k, m, n, o, p, q, r, s, t

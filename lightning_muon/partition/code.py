@@ -102,7 +102,9 @@ def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
         ):
             continue
         for node in ast.walk(statement):
-            if isinstance(node, ast.Call) and (cut := _cut(node, _targets(statement, node))) is not None:
+            if not isinstance(node, ast.Call) or _is_attribute_of(node.func, self_name):
+                continue  # self.glu(x) is a layer, perhaps one with weights.
+            if (cut := _cut(node, _targets(statement, node))) is not None:
                 source, fused = cut
                 names = _sources(source, self_name, made)
                 if len(names) > 1 and fused.dim == 1:

@@ -140,18 +140,20 @@ class Cut(nn.Module):
         self.twice = nn.Linear(16, 48)
         self.conv = nn.Conv2d(16, 48, 1)
         self.back = nn.Linear(32, 16)
+        self.whole, self.dropout, self.glu = nn.Linear(16, 64), nn.Dropout(), nn.Linear(64, 32)
 
     def forward(self, x, image):
         packed = self.pack(x)
         q, k, v = packed.chunk(3, dim=-1)
         x = self.gated(x)
         x = F.glu(x)
+        whole = self.glu(self.dropout(self.whole(x)))
         a, b = torch.chunk(self.halves(x), 2, -1)
         mean, variance = self.latent(x).chunk(2, -1)
         left, right = self.along_tokens(x).chunk(2, dim=1)
         c, d = self.twice(x).chunk(2, dim=-1)
         e, f, g = self.twice(x).chunk(3, dim=-1)
-        return self.conv(image).chunk(3, dim=1), q, k, v, a, b, mean, variance, left, right, c, d, e, f, g
+        return self.conv(image).chunk(3, dim=1), q, k, v, a, b, mean, variance, left, right, c, d, e, f, g, whole
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,7 @@ class Cut(nn.Module):
         ("latent", "2 of 4 x 16"),
         ("along_tokens", "64 x 16"),
         ("twice", "48 x 16"),
+        ("whole", "64 x 16"),
         ("conv", "3 of 16 x 16"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,6 +10,8 @@ from torch import nn
 from lightning_muon.partition.fused import Blocks, fused_blocks
 from lightning_muon.partition.leaves import Leaf, holder
 from lightning_muon.partition.sites import Site
+
+_SKIP = re.compile(r"(^|_)(skip|short_?cut|residual|bypass)(_|$)", re.IGNORECASE)
 
 
 def data_readers(leaves: Sequence[Leaf]) -> list[Leaf]:
@@ -25,15 +28,24 @@ def ends_in_hidden_width(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Sit
     """Whether a layer is as wide as a hidden state: an embedding, a norm, what another layer takes, or fused maps."""
     if is_normed_or_embedded(last.fan_out, sites):
         return True
-    readers = data_readers(leaves)
+    readers = [leaf for leaf in data_readers(leaves) if not _may_read_feature_map(leaf, leaves)]
     if any(leaf.fan_in == last.fan_out and leaf not in readers for leaf in leaves):
         return True
     return is_fused(last)
 
 
+def _may_read_feature_map(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
+    """Whether a Linear may read a flattened feature map: of channels that a convolution before it gives."""
+    if reader.kind == "conv":
+        return False
+    channels = {leaf.fan_out for leaf in leaves[: leaves.index(reader)] if leaf.kind == "conv"}
+    return any(count > 1 and reader.fan_in % count == 0 for count in channels)
+
+
 def is_fused(leaf: Leaf) -> bool:
     """Whether a layer fuses several maps, or perhaps does: q, k and v, or a value and its gate."""
-    return fused_blocks(leaf.site, leaf.fan_out, leaf.fan_in) != Blocks()
+    blocks = fused_blocks(leaf.site, leaf.fan_out, leaf.fan_in)
+    return blocks != Blocks() and blocks.inner
 
 
 def is_normed_or_embedded(width: int, sites: Sequence[Site]) -> bool:
@@ -56,12 +68,17 @@ def ends_branch(last: Leaf, leaves: Sequence[Leaf]) -> bool:
         if leaf is last or (leaf.fan_out, leaf.kind) != (last.fan_out, last.kind):
             continue
         depth = _fork(leaf, last)
-        if leaf.modules[depth] is leaf.site.parent is last.site.parent:
+        if leaf.modules[depth] is leaf.site.parent is last.site.parent or _is_around(leaf, last, depth):
             continue
         branch = _within(leaves, leaf.path[: depth + 1])
         if branch[-1] is leaf and not _are_parallel(branch, _within(leaves, last.path[: depth + 1]), leaves):
             return True
     return False
+
+
+def _is_around(leaf: Leaf, last: Leaf, depth: int) -> bool:
+    """Whether one of two branches is a skip connection around the other: their outputs are added, no towers."""
+    return any(len(path) == depth + 1 and _SKIP.search(path[depth]) for path in (leaf.path, last.path))
 
 
 def parallel_ends(last: Leaf, leaves: Sequence[Leaf]) -> list[Leaf]:

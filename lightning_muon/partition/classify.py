@@ -169,14 +169,14 @@ def _is_raw_input_projection(site: Site) -> bool:
 
 def _map_layout(site: Site, stored: StoredMap) -> tuple[MatrixLayout, str]:
     """A linear map, or a stack of them: the maps that it fuses, and which way it is stored."""
-    shape, kind = site.parameter.shape, class_name(site.owner)
+    owner, shape, kind = site.owner, site.parameter.shape, class_name(site.owner)
     transposed = ", stored transposed" if stored.transposed else ""
     if stored.batch_dims:
         count = math.prod(shape[: stored.batch_dims])
         return MatrixLayout(stored.batch_dims, transposed=stored.transposed), f"{count} maps of {kind}{transposed}"
     fan_in, fan_out = shape if stored.transposed else reversed(shape)
     weight = site.local == "weight"
-    blocks = fused_blocks(site, fan_out, fan_in) if weight else raw_blocks(site.local, fan_out, fan_in)
+    blocks = fused_blocks(site, fan_out, fan_in) if weight else raw_blocks(site.local, owner, fan_out, fan_in)
     name = "Weight" if weight else f"Weight {site.local!r}"
     note = f"{name} of {kind}{transposed}{blocks.note and f', {blocks.note}'}"
     return MatrixLayout(transposed=stored.transposed, split=blocks.split, repeats=blocks.repeats), note

@@ -15,12 +15,14 @@ import inspect
 import linecache
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import nn
 
 _CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous"}
 _FLIPS = {"t", "T", "mT", "transpose"}
+_ACTIVATIONS = {"silu", "swish", "relu", "gelu", "elu", "sigmoid", "tanh", "softplus", "act", "act_fn", "activation"}
+_NORM = re.compile(r"(^|_)(ln|(layer|rms)?_?norm|drop(out)?)(_|$)", re.IGNORECASE)
 _EQUATION = re.compile(r"^([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)$")
 # Rows of such tensors are things that inputs are compared with: x @ self.keys.T is no layer.
 _ROWS = re.compile(
@@ -46,10 +48,17 @@ class Applied(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """Into how many equal parts code cuts a layer's output, and along which dimension; None if that is no constant."""
+    """How code cuts a layer's output.
+
+    Args:
+        parts: how many parts there are.
+        dim: the dimension along which they lie; None if that is no constant.
+        sizes: what the code writes for the size of each part, e.g. ``"self.rank"``; empty where they are equal.
+    """
 
     parts: int
     dim: int | None
+    sizes: tuple[str, ...] = ()
 
 
 def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
@@ -64,9 +73,10 @@ def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
 
 
 def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
-    """The layers of a module's class whose output its methods cut into equal parts: several maps fused in one.
+    """The layers of a module's class whose output its methods cut into parts: several maps fused in one.
 
-    ``self.name(x).chunk(3, dim=-1)`` or ``torch.chunk``, also by way of a local name, and ``F.glu``, which is two.
+    ``self.name(x).chunk(3, dim=-1)`` or ``torch.chunk``, ``split`` into named parts, also by way of a local name or of
+    a sum of several layers' outputs, as of the gates in a recurrent cell; and ``F.glu``, which is two.
     """
     found: dict[str, set[Fused]] = {}
     for base in owner.__mro__:
@@ -85,47 +95,110 @@ def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
     """Cuts of what ``self.name(...)`` returned, in the order of the lines, for names may be bound again."""
     arguments = [*method.args.posonlyargs, *method.args.args]
     self_name = arguments[0].arg if arguments else ""
-    made: dict[str, str] = {}
+    made: dict[str, set[str]] = {}
     for statement in sorted((n for n in ast.walk(method) if isinstance(n, ast.stmt)), key=lambda n: n.lineno):
         if isinstance(
             statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.For, ast.While, ast.If, ast.With, ast.Try)
         ):
             continue
         for node in ast.walk(statement):
-            if isinstance(node, ast.Call) and (cut := _cut(node)) is not None:
+            if not isinstance(node, ast.Call) or _is_attribute_of(node.func, self_name):
+                continue  # self.glu(x) is a layer, perhaps one with weights.
+            if (cut := _cut(node, _targets(statement, node))) is not None:
                 source, fused = cut
-                name = made.get(source.id, "") if isinstance(source, ast.Name) else _called(source, self_name)
-                if name:
+                names = _sources(source, self_name, made)
+                if len(names) > 1 and fused.dim == 1:
+                    # Gates of a recurrent cell, whose inputs have no dimension of tokens; nothing says so for sure.
+                    fused = fused._replace(dim=None)
+                for name in sorted(names):
                     yield name, fused
         if isinstance(statement, ast.Assign):
             for target in statement.targets:
                 if isinstance(target, ast.Name):
-                    made[target.id] = _called(statement.value, self_name)
+                    made[target.id] = _sources(statement.value, self_name, made)
 
 
-def _cut(call: ast.Call) -> tuple[ast.expr, Fused] | None:
-    """(what is cut, how) of a call that cuts a tensor into equal parts."""
+def _targets(statement: ast.stmt, call: ast.Call) -> int:
+    """To how many names a statement binds what a call gives; 0 unless it unpacks it."""
+    if isinstance(statement, ast.Assign) and statement.value is call and len(statement.targets) == 1:
+        target = statement.targets[0]
+        if isinstance(target, ast.Tuple) and not any(isinstance(part, ast.Starred) for part in target.elts):
+            return len(target.elts)
+    return 0
+
+
+def _cut(call: ast.Call, targets: int) -> tuple[ast.expr, Fused] | None:
+    """(what is cut, how) of a call that cuts a tensor into parts, which ``targets`` names are bound to."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     arguments = list(call.args)
-    if name == "chunk" and isinstance(function, ast.Attribute) and not _is_module_of_torch(function.value):
+    if name in {"chunk", "split"} and isinstance(function, ast.Attribute) and not _is_module_of_torch(function.value):
         arguments = [function.value, *arguments]
     if name == "glu" and arguments:
         return arguments[0], Fused(2, _constant(arguments[1] if len(arguments) > 1 else named.get("dim"), -1))
-    if name != "chunk" or not arguments:
+    if name not in {"chunk", "split"} or not arguments:
         return None
-    count = _constant(arguments[1] if len(arguments) > 1 else named.get("chunks"), None)
+    how = next((named[key] for key in ("chunks", "split_size_or_sections", "split_size") if key in named), None)
+    how = arguments[1] if len(arguments) > 1 else how
     dim = _constant(arguments[2] if len(arguments) > 2 else named.get("dim"), 0)
+    if name == "split":
+        if isinstance(how, (ast.List, ast.Tuple)):
+            sizes = tuple(ast.unparse(size) for size in how.elts)
+        else:
+            sizes = (ast.unparse(how),) * targets if how is not None else ()
+        return (arguments[0], Fused(len(sizes), dim, sizes)) if len(sizes) > 1 else None
+    count = _constant(how, None)
     return (arguments[0], Fused(count, dim)) if count is not None and count > 1 else None
 
 
-def _called(node: ast.expr, self_name: str) -> str:
-    """``name`` of ``self.name(...)``; empty for anything else."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        value = node.func.value
-        return node.func.attr if isinstance(value, ast.Name) and value.id == self_name else ""
-    return ""
+def _sources(node: ast.expr, self_name: str, made: Mapping[str, set[str]]) -> set[str]:
+    """The layers and maps of ``self`` whose outputs an expression is.
+
+    ``self.name(...)``, ``x @ self.name`` and the like, a local name, an activation or a norm, or a sum of these.
+    """
+    if isinstance(node, ast.Name):
+        return made.get(node.id, set())
+    applied = [right for _, right, _ in _products(node)]
+    if applied:
+        return {part.attr for part in applied if _is_attribute_of(part, self_name)}
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _sources(node.left, self_name, made), _sources(node.right, self_name, made)
+        return left | right if left and right else set()
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return set()
+    if node.args and (node.func.attr.lower() in _ACTIVATIONS or _NORM.search(node.func.attr)):
+        return _sources(node.args[0], self_name, made)
+    return {node.func.attr} if _is_attribute_of(node.func, self_name) else set()
+
+
+def _is_attribute_of(node: ast.expr, self_name: str) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self_name
+
+
+def evaluate_size(expression: str, owner: nn.Module) -> int | None:
+    """A size as code of a module writes it: an integer made of attributes of ``self``; None for anything else."""
+    return _evaluate(ast.parse(expression, mode="eval").body, owner)
+
+
+def _evaluate(node: ast.expr, owner: nn.Module) -> int | None:
+    if isinstance(node, ast.Constant):
+        return node.value if type(node.value) is int else None
+    if isinstance(node, ast.BinOp):
+        left, right = _evaluate(node.left, owner), _evaluate(node.right, owner)
+        if left is None or right is None:
+            return None
+        if isinstance(node.op, ast.FloorDiv):
+            return left // right if right else None
+        operation = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__}.get(type(node.op))
+        return operation(left, right) if operation is not None else None
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names, node = [node.attr, *names], node.value
+    value: object = owner if isinstance(node, ast.Name) and node.id == "self" and names else None
+    for name in names:
+        value = getattr(value, name, None)
+    return value if type(value) is int else None
 
 
 def _constant(node: ast.expr | None, default: int | None) -> int | None:

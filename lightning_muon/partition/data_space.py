@@ -8,6 +8,7 @@ conditional encoder reads the data with covariates appended.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -17,6 +18,7 @@ from lightning_muon.partition.leaves import Leaf, inside_known, is_first_of_pair
 from lightning_muon.partition.sites import Site
 
 _ROLES = (("encoder", "decoder"), ("generator or actor", "discriminator or critic"))
+_ENCODER = re.compile(r"(^|_)enc(oders?)?(_|$)", re.IGNORECASE)
 _MOST_FIELDS = 64
 """Up to how many embeddings side by side a width is taken for: the input of a tabular or click-through model."""
 
@@ -24,11 +26,18 @@ _MOST_STATES = 8
 """Up to how many hidden states side by side a width is taken for."""
 
 
-def data_space_heads(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
-    """Layers that end in the space of the data, with a sentence for each."""
-    by_shape = _by_shape(leaves, sites)
-    by_name = _by_name(leaves, sites)
-    return [*by_shape, *by_name, *_beside([leaf for leaf, _ in by_shape], leaves, sites)]
+def data_space_heads(leaves: Sequence[Leaf], sites: Sequence[Site], known: set[Leaf]) -> list[tuple[Leaf, str]]:
+    """Layers that end in the space of the data, with a sentence for each.
+
+    Args:
+        leaves: all layers.
+        sites: all sites.
+        known: the layers that are heads already.
+    """
+    others = [leaf for leaf in leaves if leaf not in known]
+    by_shape = _by_shape(others, sites)
+    by_name = [(leaf, reason) for leaf, reason in _by_name(leaves, sites) if leaf not in known]
+    return [*by_shape, *by_name, *_beside([leaf for leaf, _ in by_shape], others, sites)]
 
 
 def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
@@ -113,7 +122,13 @@ def _is_read(leaf: Leaf, leaves: Sequence[Leaf], readers: Sequence[Leaf]) -> boo
 
 def _reads_data_by_name(leaf: Leaf, depth: int) -> bool:
     names = leaf.path[depth:]
-    return any(is_first_of_pair(name) or "discr" in name.lower() or "critic" in name.lower() for name in names)
+    return any(
+        is_first_of_pair(name)
+        or (_ENCODER.search(name) and "dec" not in name.lower())
+        or "discr" in name.lower()
+        or "critic" in name.lower()
+        for name in names
+    )
 
 
 def _is_chained(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:

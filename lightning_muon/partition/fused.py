@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_muon.partition.code import fused_maps
+from lightning_muon.partition.code import Fused, evaluate_size, fused_maps
 from lightning_muon.partition.linear import linear_shape
 from lightning_muon.partition.sites import Site
 
@@ -58,17 +58,25 @@ _MAMBA_2 = {
     "NemotronHMamba2Mixer",
     "Zamba2MambaMixer",
 }
-_GATED = {"GLU", "GEGLU", "GeGLU", "ReGLU", "REGLU", "SwiGLU", "SwishGLU"}
+_GATED = {"GLU", "GEGLU", "GeGLU", "ReGLU", "REGLU", "SwiGLU", "SwishGLU", "GatedLinearUnit"}
 _QKV_LIKE = re.compile(r"kv", re.IGNORECASE)
 _SHORT_CONV = {"Lfm2ShortConv", "Lfm2MoeShortConv"}
 
 
 class Blocks(NamedTuple):
-    """Sizes of the maps along fan-out, how often they recur, and a phrase for the user; no sizes for one matrix."""
+    """The maps that a layer fuses; no sizes for one matrix.
+
+    Args:
+        split: sizes of the maps along fan-out.
+        repeats: how often they recur.
+        note: a phrase for the user.
+        inner: whether the output is a hidden state for sure; heads are split too, into boxes and classes.
+    """
 
     split: tuple[int, ...] = ()
     repeats: int = 1
     note: str = ""
+    inner: bool = True
 
 
 def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
@@ -86,7 +94,7 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
             blocks = find(name, parent, fan_out, fan_in)
             if blocks is not None and blocks.repeats * sum(blocks.split) == fan_out:
                 return blocks
-    if _gated_in_sequential(site, fan_out):
+    if _gated_in_sequential(site, fan_out) or _gated_beside(site, fan_out):
         return Blocks((fan_out // 2,) * 2, note="value | gate")
     called = (*(name for name, _ in names), *site.path[-2:])
     if any(map(_MAYBE_FUSED.search, called)) and fan_out != fan_in:
@@ -94,8 +102,11 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
     return Blocks()
 
 
-def raw_blocks(name: str, fan_out: int, fan_in: int) -> Blocks:
-    """One map for a tensor that a module holds itself, with a note where its name says that it may fuse several."""
+def raw_blocks(name: str, owner: nn.Module, fan_out: int, fan_in: int) -> Blocks:
+    """The maps of a tensor that a module holds itself, as its code cuts them; a note if only its name says several."""
+    blocks = _of_code(name, owner, fan_out, fan_in)
+    if blocks is not None:
+        return blocks
     return Blocks(note=_UNSETTLED) if _MAYBE_FUSED.search(name) and fan_out != fan_in else Blocks()
 
 
@@ -148,20 +159,32 @@ def _of_known_class(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> 
 
 
 def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
-    """Equal parts into which the parent's code cuts the output of the layer."""
+    """Parts into which the parent's code cuts the output of the layer."""
     fused = fused_maps(type(parent)).get(name)
-    if fused is None or fan_out % fused.parts:
+    if fused is None:
         return None
-    part = fan_out // fused.parts
+    sizes = _sizes_of_parts(fused, parent, fan_out)
+    if not sizes or sum(sizes) != fan_out or min(sizes) < 1:
+        return None
     convolved = isinstance(_child(parent, name), nn.modules.conv._ConvNd)
-    if fused.dim is None:
-        certain = part in _widths_taken(parent)
-    else:
-        certain = fused.dim in ({1, -3, -4} if convolved else {-1, 2, 3})
-    if not certain:
+    certain = fused.dim in ({1, -3, -4} if convolved else {-1, 2, 3})
+    # Different sizes that add up to the fan-out are none of tokens.
+    certain = certain or (fused.dim in {None, 1} and len(set(fused.sizes)) > 1)
+    if not certain and (fused.dim is not None or not set(sizes) <= _widths_taken(parent)):
         return None
     names = {3: "q | k | v", 2: "k | v"} if _QKV_LIKE.search(name) else {}
-    return Blocks((part,) * fused.parts, note=names.get(fused.parts, f"{fused.parts} parts, as its code cuts them"))
+    note = names.get(fused.parts, f"{fused.parts} parts, as its code cuts them")
+    by_name = _MAYBE_FUSED.search(name) or _of_common_name(name, parent, fan_out, fan_in)
+    return Blocks(sizes, note=note, inner=not fused.sizes or bool(by_name))
+
+
+def _sizes_of_parts(fused: Fused, parent: nn.Module, fan_out: int) -> tuple[int, ...]:
+    """Rows of each part; empty where the code leaves them open."""
+    if not fused.sizes:
+        return (fan_out // fused.parts,) * fused.parts if fan_out % fused.parts == 0 else ()
+    sizes = [evaluate_size(size, parent) for size in fused.sizes]
+    known = [size for size in sizes if size is not None]
+    return tuple(known) if len(known) == len(sizes) else ()
 
 
 def _child(parent: nn.Module, name: str) -> nn.Module | None:
@@ -178,7 +201,19 @@ def _gated_in_sequential(site: Site, fan_out: int) -> bool:
     place = next((index for index, (name, _) in enumerate(layers) if name == site.owner_name), len(layers))
     following = (layer for _, layer in layers[place + 1 :] if "dropout" not in type(layer).__name__.lower())
     gate = next(following, None)
-    return gate is not None and type(gate).__name__ in _GATED and not any(True for _ in gate.parameters())
+    return gate is not None and _is_gate(gate)
+
+
+def _gated_beside(site: Site, fan_out: int) -> bool:
+    """Whether a gated activation stands beside a layer, and a layer beside takes half of what this one gives."""
+    if site.parent is None or isinstance(site.parent, nn.Sequential) or fan_out % 2:
+        return False
+    return fan_out // 2 in _widths_taken(site.parent) and any(map(_is_gate, site.parent.children()))
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Whether a module multiplies one half of its input by a gate made of the other, without weights of its own."""
+    return type(module).__name__ in _GATED and not any(True for _ in module.parameters())
 
 
 def _falcon(parent: nn.Module, fan_out: int, heads: int) -> Blocks | None:

@@ -29,12 +29,14 @@ _HEAD_NAMES = {
     "cls_head",
     "decoder_pred",
     "embed_out",
+    "global_skip",
     "head",
     "head_dist",
     "heads",
     "lm_head",
     "logits",
     "logits_proj",
+    "lookback_skip",
     "mlp_head",
     "output_head",
     "output_heads",
@@ -172,7 +174,9 @@ def _common(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, s
     for path, part in _parts(leaves, _HEAD_NAMES | _LIKELY_NAMES).items():
         named = next(name for name in reversed(path) if name in _HEAD_NAMES | _LIKELY_NAMES)
         last = part[-1]
-        if named in _LIKELY_NAMES and _looks_hidden(last, leaves, sites):
+        # A norm inside the part itself may follow the output, as in TiDE of neuralforecast.
+        around = [site for site in sites if site.path[: len(path)] != path]
+        if named in _LIKELY_NAMES and _looks_hidden(last, leaves, around):
             continue
         if inside_projection_head(last) or _keeps_its_space(named, part):
             continue

@@ -42,7 +42,7 @@ def find_heads(module: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
     declared, is_declared = _declared(module)
     found = [*named_heads(leaves, sites), *_of_hugging_face(leaves)]
     named = {leaf for leaf, _ in found}
-    in_data_space = data_space_heads([leaf for leaf in leaves if leaf not in named], sites)
+    in_data_space = data_space_heads(leaves, sites, named)
     # A single output may also be a score inside the model, as in attention pooling: no reason to stop looking.
     certain = is_declared or declared or any(leaf.fan_out > 1 for leaf, _ in found) or _has_tied_head(sites)
     found = [*in_data_space, *basis_heads(leaves), *found]

@@ -184,9 +184,15 @@ def _by_sizes_or_code(owner: nn.Module, local: str, shape: Sequence[int]) -> Sto
         counted = any(getattr(owner, name, None) == shape[0] for name in _COUNTS)
         if len(directions) == 1 and (counted or applied is not None):
             return StoredMap(1, directions.pop())
-        if applied is not None and (applied.indexed or directions):
+        if applied is not None and (applied.indexed or directions or _has_biases(owner, shape, applied.transposed)):
             return StoredMap(1, applied.transposed)
     return None
+
+
+def _has_biases(owner: nn.Module, shape: Sequence[int], transposed: bool) -> bool:
+    """Whether a stack of biases beside a tensor says that its first dimension counts maps."""
+    fan_out = shape[-1] if transposed else shape[-2]
+    return any("bias" in name and tuple(tensor.shape) == (shape[0], fan_out) for name, tensor in _tensors(owner))
 
 
 def _directions(owner: nn.Module, shape: Sequence[int]) -> set[bool]:

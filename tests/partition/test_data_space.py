@@ -99,6 +99,17 @@ CAUGHT: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"decoders.rna.2", "decoders.protein.2"},
     ),
+    "a second encoder behind the decoder of each modality": (
+        lambda: Parts(
+            z_encoder_expression=mlp(200, 64, 8),
+            z_decoder_expression=mlp(8, 64, 200),
+            l_encoder_expression=mlp(200, 64, 2),
+            z_encoder_accessibility=mlp(150, 64, 8),
+            z_decoder_accessibility=mlp(8, 64, 150),
+            l_encoder_accessibility=mlp(150, 64, 2),
+        ),
+        {"z_decoder_expression.2", "z_decoder_accessibility.2"},
+    ),
     "decoder registered before the encoder": (
         lambda: Parts(decoder=mlp(8, 64, 200), encoder=mlp(200, 64, 8)),
         {"decoder.2"},
@@ -202,6 +213,10 @@ ONLY_THE_HEAD: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
             down=conv_encoder(), mean=nn.Linear(32 * 4, 8), lift=nn.Linear(8, 32 * 4), up=conv_decoder(), cls=mlp(8, 3)
         ),
         {"up.2", "cls.0"},
+    ),
+    "latents of feature maps, lifted by the layer that is registered last": (
+        lambda: Parts(down=conv_encoder(), up=conv_decoder(), mean=nn.Linear(32 * 4, 8), lift=nn.Linear(8, 32 * 4)),
+        {"up.2"},
     ),
     "a trunk and a head without names that say so": (lambda: Parts(a=mlp(16, 64, 128), b=mlp(128, 64, 3)), {"b.2"}),
     "U-Net with a segmentation head": (

@@ -118,3 +118,24 @@ def test_such_names_elsewhere(module):
 def test_basis_heads_of_blocks_do_not_hide_the_head_of_the_model():
     module = Parts(blocks=nn.ModuleList(trend_block(backcast=nn.Linear(64, 24)) for _ in range(2)), fc=mlp(64, 48, 7))
     assert heads(module) == {"blocks.0.backcast", "blocks.1.backcast", "fc.2"}
+
+
+def residual(fan_in: int, hidden: int, fan_out: int, norm: bool) -> nn.Module:
+    """The residual block of TiDE: an MLP, a skip connection around it, perhaps a norm behind both."""
+    parts = {"dense": mlp(fan_in, hidden, fan_out), "skip": nn.Linear(fan_in, fan_out)}
+    return Parts(**parts, **({"layer_norm": nn.LayerNorm(fan_out)} if norm else {}))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("skip", ["lookback_skip", "global_skip"])
+@pytest.mark.parametrize("width", [6, 18], ids=["as wide as an embedding", "wide"])
+def test_both_paths_to_the_forecast_of_tide(norm, skip, width):
+    """The temporal decoder with its skip connection, and the map of the lookback window; all else is hidden."""
+    module = Parts(
+        month=nn.Embedding(12, 6),
+        encoders=nn.ModuleList([residual(30, 64, 64, norm)]),
+        decoders=nn.ModuleList([residual(64, 64, 96, norm)]),
+        temporal_decoder=residual(22, 32, 3, norm),
+        **{skip: nn.Linear(24, width)},
+    )
+    assert heads(module) == {"temporal_decoder.dense.2", "temporal_decoder.skip", skip}

@@ -72,6 +72,14 @@ BY_SIZES = {
     "a layer with its norm": (
         Parts(qkv=Parts(linear=nn.Linear(16, 48), bn=nn.BatchNorm1d(48))), "qkv.linear", "3 of 16 x 16",
     ),
+    "a gated activation beside (monai)": (
+        Parts(linear1=nn.Linear(16, 64), linear2=nn.Linear(32, 16), fn=type("GEGLU", (nn.Module,), {})()),
+        "linear1",
+        "2 of 32 x 16",
+    ),
+    "a gated activation of its own in a Sequential (gluonts)": (
+        nn.Sequential(nn.Linear(16, 64), type("GatedLinearUnit", (nn.Module,), {})()), "0", "2 of 32 x 16",
+    ),
     "nn.GLU": (nn.Sequential(nn.Linear(16, 64), nn.Dropout(), nn.GLU()), "0", "2 of 32 x 16"),
 }  # fmt: skip
 
@@ -105,6 +113,9 @@ UNSETTLED = {
     "a rearrangement behind": (
         Parts(to_qkv=nn.Sequential(nn.Linear(16, 48), type("Rearrange", (nn.Module,), {})())), "to_qkv.0", True,
     ),
+    "a gated activation beside, and nothing takes a half": (
+        Parts(wide=nn.Linear(16, 64), back=nn.Linear(64, 16), fn=type("GEGLU", (nn.Module,), {})()), "wide", False,
+    ),
     "no such name": (attention("wide", 48), "wide", False),
 }  # fmt: skip
 
@@ -129,18 +140,20 @@ class Cut(nn.Module):
         self.twice = nn.Linear(16, 48)
         self.conv = nn.Conv2d(16, 48, 1)
         self.back = nn.Linear(32, 16)
+        self.whole, self.dropout, self.glu = nn.Linear(16, 64), nn.Dropout(), nn.Linear(64, 32)
 
     def forward(self, x, image):
         packed = self.pack(x)
         q, k, v = packed.chunk(3, dim=-1)
         x = self.gated(x)
         x = F.glu(x)
+        whole = self.glu(self.dropout(self.whole(x)))
         a, b = torch.chunk(self.halves(x), 2, -1)
         mean, variance = self.latent(x).chunk(2, -1)
         left, right = self.along_tokens(x).chunk(2, dim=1)
         c, d = self.twice(x).chunk(2, dim=-1)
         e, f, g = self.twice(x).chunk(3, dim=-1)
-        return self.conv(image).chunk(3, dim=1), q, k, v, a, b, mean, variance, left, right, c, d, e, f, g
+        return self.conv(image).chunk(3, dim=1), q, k, v, a, b, mean, variance, left, right, c, d, e, f, g, whole
 
 
 @pytest.mark.parametrize(
@@ -152,12 +165,122 @@ class Cut(nn.Module):
         ("latent", "2 of 4 x 16"),
         ("along_tokens", "64 x 16"),
         ("twice", "48 x 16"),
+        ("whole", "64 x 16"),
         ("conv", "3 of 16 x 16"),
     ],
 )
 def test_as_the_code_cuts_it(name, expected):
     """Equal parts along the features, whatever the layer is called; not along tokens, not in two ways."""
     assert layout_of(Cut(), f"{name}.weight") == expected
+
+
+class Split(nn.Module):
+    """Layers whose outputs the code splits by sizes that it names, and gates of a recurrent cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.state, self.config = 4, 8, SimpleNamespace(width=16)
+        self.uneven = nn.Linear(16, 20)
+        self.film = nn.Linear(16, 32)
+        self.computed = nn.Linear(16, 24)
+        self.local = nn.Linear(16, 20)
+        self.other_sum = nn.Linear(16, 24)
+        self.along_tokens = nn.Linear(16, 32)
+        self.rest = nn.Linear(16, 32)
+        self.from_input, self.ln_input = nn.Linear(8, 64), nn.LayerNorm(64)
+        self.from_state = nn.Linear(16, 64)
+
+    def forward(self, x, h):
+        dt, b, c = torch.split(self.uneven(x), [self.rank, self.state, self.state], dim=-1)
+        beta, gamma = self.film(x).split(self.config.width, dim=-1)
+        e, f = self.computed(x).split((2 * self.state, self.state * self.rank // 4), -1)
+        size = self.rank
+        g, i = self.local(x).split([size, 16], dim=-1)
+        j, k = self.other_sum(x).split([self.rank, self.state], dim=-1)
+        m, n = self.along_tokens(x).split([self.config.width, self.config.width], dim=0)
+        o, *p = self.rest(x).split(self.config.width, dim=-1)
+        gates_x = self.from_input(x)
+        gates_x = self.ln_input(gates_x)
+        gates = gates_x + self.from_state(h)
+        q, r, s, t = gates.chunk(4, dim=1)
+        return dt, b, c, beta, gamma, e, f, g, i, j, k, m, n, o, p, q, r, s, t
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("uneven", (4, 8, 8)),
+        ("film", (16, 16)),
+        ("computed", (16, 8)),
+        ("local", ()),
+        ("other_sum", ()),
+        ("along_tokens", ()),
+        ("rest", ()),
+        ("from_input", (16,) * 4),
+        ("from_state", (16,) * 4),
+    ],
+)
+def test_as_the_code_splits_it(name, rows):
+    """Sizes that attributes give and that add up; along the features; as many parts as names."""
+    entry = entry_of(Split(), f"{name}.weight")
+    assert (entry.role, entry.layout.split) == ("hidden", rows)
+
+
+class HSTU(nn.Module):
+    """A raw parameter, an activation, and a split by sizes that attributes give: as in RecTools and Meta's code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.value_dim, self.key_dim = 2, 6, 4
+        self.uvqk = nn.Parameter(torch.zeros(16, 40))
+        self.silu = nn.SiLU()
+        self.output = nn.Linear(12, 16)
+
+    def forward(self, x):
+        packed = torch.matmul(x, self.uvqk)
+        packed = self.silu(packed)
+        u, v, q, k = torch.split(
+            packed,
+            [self.value_dim * self.heads, self.value_dim * self.heads, self.key_dim * self.heads, self.key_dim * 2],
+            dim=1,
+        )
+        return self.output(u * v), q, k
+
+
+def test_raw_parameters_as_the_code_splits_them():
+    assert layout_of(HSTU(), "uvqk") == "T 12 x 16 + 12 x 16 + 8 x 16 + 8 x 16"
+
+
+def test_a_projection_at_the_end_of_a_decoder_that_the_code_splits_stays_hidden():
+    """Interpretable attention of neuralforecast, whose output projection is as wide as its input."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.values = 16, 4
+            self.qkv_linears = nn.Linear(16, 36)
+
+        def forward(self, x):
+            return self.qkv_linears(x).split((self.queries, self.queries, self.values), dim=-1)
+
+    module = Parts(encoder=nn.Linear(5, 16), decoder=Parts(attention=Attention()), head=nn.Linear(16, 3))
+    entry = partition_parameters(module)["decoder.attention.qkv_linears.weight"]
+    assert (entry.role, entry.layout.split) == ("hidden", (16, 16, 4))
+
+
+def test_a_head_that_the_code_splits_is_a_head():
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.boxes, self.classes = 4, 7
+            self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU())
+            self.last = nn.Linear(32, 11)
+
+        def forward(self, x):
+            boxes, classes = self.last(self.body(x)).split([self.boxes, self.classes], dim=-1)
+            return boxes, classes
+
+    assert partition_parameters(Detector())["last.weight"].role == "head"
 
 
 def test_raw_input_projection_of_fairseq():

@@ -139,9 +139,32 @@ class Selected(Raw):
         return torch.einsum("btd,btde->bte", x, w)
 
 
+class Ensemble(Raw):
+    """A map and a bias for each member, applied to all members at once: as in TabM of deeptab."""
+
+    def __init__(self, count: int, fan_in: int, fan_out: int) -> None:
+        super().__init__({"weight": (count, fan_in, fan_out), "bias": (count, fan_out)})
+
+    def forward(self, x):
+        return (x.transpose(0, 1) @ self.weight).transpose(0, 1) + self.bias
+
+
+class Unexplained(Raw):
+    """No bias says that the first dimension counts maps."""
+
+    def __init__(self) -> None:
+        super().__init__({"weight": (5, 16, 32)})
+
+    def forward(self, x):
+        return x @ self.weight
+
+
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
+        (Ensemble(5, 16, 32), {"weight": "T 5 of 32 x 16"}),
+        (Ensemble(5, 16, 16), {"weight": "T 5 of 16 x 16"}),
+        (Unexplained(), {"weight": "other"}),
         (Relational(3, 16, 32), {"weight": "T 3 of 32 x 16", "root": "T 32 x 16", "comp": "other"}),
         (Relational(3, 16, 16), {"weight": "T 3 of 16 x 16", "root": "T 16 x 16", "comp": "other"}),
         (Bases(4, 16, 32), {"basis": "T 4 of 32 x 16"}),
@@ -284,6 +307,11 @@ def test_layers_of_torch_geometric():
         "dgl.weight": "T 16 x 8",
     }
     assert "torch_geometric.nn.dense.linear.Linear" in partition_parameters(module)["linear.weight"].reason
+
+
+def test_the_head_of_an_ensemble_is_its_last_map():
+    module = Parts(body=nn.Linear(16, 32), final_layer=Ensemble(5, 32, 3))
+    assert read(module) == {"body.weight": "32 x 16", "final_layer.weight": "head"}
 
 
 def test_graph_networks_have_a_head():

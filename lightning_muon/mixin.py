@@ -330,8 +330,8 @@ def _check_handed_on(module: MuonMixin) -> None:
     lost = [name for name in vars(module).get(_TAKEN, ()) if not getattr(module, name)]
     if lost:
         raise RuntimeError(
-            f"{type(module).__name__}.__init__ takes {lost[0]} itself and does not hand it to super().__init__, so that "
-            "MuonMixin never gets it. Hand it on, or give the argument another name."
+            f"{type(module).__name__}.__init__ takes {lost[0]} itself and does not hand it to super().__init__, so "
+            "that MuonMixin never gets it. Hand it on, or give the argument another name."
         )
 
 

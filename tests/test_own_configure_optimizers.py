@@ -215,7 +215,6 @@ def test_a_name_that_is_a_setting_gets_a_sentence(name, value, error):
         setattr(Net(), name, value)
 
 
-@pytest.mark.parametrize("name", ["schedule", "parameter_rules"])
 def test_a_setting_that_the_modules_own_argument_takes_gets_a_sentence():
     class Takes(MuonMixin, Bare):
         def __init__(self, schedule="cosine", **kwargs):
@@ -227,6 +226,7 @@ def test_a_setting_that_the_modules_own_argument_takes_gets_a_sentence():
         fit(Takes(schedule=Linear()))
 
 
+@pytest.mark.parametrize("name", ["schedule", "parameter_rules"])
 def test_a_buffer_with_the_name_of_a_setting_gets_a_sentence(name):
     with pytest.raises(AttributeError, match=rf"Net\.{name} is a setting of MuonMixin and cannot be a buffer"):
         Net().register_buffer(name, torch.zeros(3))

@@ -223,7 +223,6 @@ class MuonMixin(_ModuleMethods):
                 vars(self)["_hparams_initial"].pop(name, None)
 
 
-"""What the mixin's configure_optimizers made, while one that stands before it runs."""
 _TAKEN = "_muon_mixin_taken"
 """Where a module keeps the names of settings that an argument of its own constructor took."""
 

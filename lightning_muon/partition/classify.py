@@ -118,8 +118,8 @@ def _verdict(site: Site, heads: dict[int, str], stems: dict[int, str]) -> Verdic
     if site.recipe is not None:
         return Verdict(
             "other",
-            f"{class_name(site.recipe)} makes the weight of {kind} of this tensor, so that a step on it is no step on "
-            "the weight. A rule can send it to the matrix group.",
+            f"{class_name(site.recipe)} computes the weight of {kind} from this tensor, so a step on the tensor is not "
+            "a step on the weight. A rule can send it to the matrix group.",
             layout,
             unknown=True,
         )

@@ -14,7 +14,8 @@ import functools
 import inspect
 import linecache
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import NamedTuple, TypeGuard
 
 from torch import nn
@@ -64,10 +65,8 @@ class Fused(NamedTuple):
 def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
     """The attributes of a module's class that its methods apply as linear maps, always in the same way."""
     uses: dict[str, set[Applied]] = {}
-    for base in owner.__mro__:
-        if base.__module__.partition(".")[0] in {"torch", "builtins", "lightning", "pytorch_lightning"}:
-            continue
-        for name, applied in _uses_in(base):
+    for base, methods in _live_methods(owner):
+        for name, applied in _uses_in(base, methods):
             uses.setdefault(name, set()).add(applied)
     return {name: next(iter(found)) for name, found in uses.items() if len(found) == 1}
 
@@ -79,16 +78,56 @@ def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
     a sum of several layers' outputs, as of the gates in a recurrent cell; and ``F.glu``, which is two.
     """
     found: dict[str, set[Fused]] = {}
-    for base in owner.__mro__:
-        if base.__module__.partition(".")[0] not in {"torch", "builtins", "lightning", "pytorch_lightning"}:
-            for name, fused in _cuts_in(base):
-                found.setdefault(name, set()).add(fused)
+    for base, methods in _live_methods(owner):
+        for name, fused in _cuts_in(base, methods):
+            found.setdefault(name, set()).add(fused)
     return {name: next(iter(fused)) for name, fused in found.items() if len(fused) == 1}
 
 
+def _live_methods(owner: type) -> Iterator[tuple[type, frozenset[str]]]:
+    """The classes whose code is read, each with the names of those of its methods that ``owner`` can reach.
+
+    A method that a class earlier in the MRO defines again is dead, unless one that lives calls it by ``super()`` or by
+    its class.
+    """
+    defined: set[str] = set()
+    by_super: set[str] = set()
+    by_class: set[tuple[type, str]] = set()
+    for base in owner.__mro__:
+        own = vars(base).keys()
+        live = frozenset(n for n in own if n not in defined or n in by_super or (base, n) in by_class)
+        defined |= own
+        by_super -= own  # super() ends at the first class that has the method
+        for called, name in {call for method in live for call in _calls_of_bases(vars(base)[method])}:
+            if called == "super":
+                by_super.add(name)
+            for named in (one for one in owner.__mro__ if one.__name__ == called):
+                by_class.add((next((one for one in named.__mro__ if name in vars(one)), named), name))
+        if base.__module__.partition(".")[0] not in {"torch", "builtins", "lightning", "pytorch_lightning"}:
+            yield base, live
+
+
+def _calls_of_bases(method: object) -> Iterator[tuple[str, str]]:
+    """``("super", name)`` for ``super().name`` in a method, and ``("Base", name)`` for ``Base.name``."""
+    codes = [inspect.unwrap(method).__code__] if inspect.isfunction(method) else []
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+        loaded = ""
+        for line in dis.get_instructions(code):
+            if line.opname in {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"}:
+                loaded = loaded if loaded == "super" else str(line.argval)  # also in super(Owner, self)
+            elif line.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_")):
+                if loaded:
+                    yield loaded, str(line.argval)
+                loaded = str(line.argval)  # module.Base.name
+            elif line.opname.startswith("LOAD_FAST") and loaded != "super":
+                loaded = ""
+
+
 @functools.lru_cache(maxsize=4096)
-def _cuts_in(base: type) -> tuple[tuple[str, Fused], ...]:
-    return tuple({cut for method in _methods(base) for cut in _cuts_in_method(method)})
+def _cuts_in(base: type, methods: frozenset[str]) -> tuple[tuple[str, Fused], ...]:
+    return tuple({cut for method in _methods(base, methods) for cut in _cuts_in_method(method)})
 
 
 def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Fused]]:
@@ -216,16 +255,20 @@ def _is_module_of_torch(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in {"torch", "th"}
 
 
-def _methods(base: type) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The methods of a class, but for ``__init__``, as far as their files can be read."""
+def _methods(base: type, names: frozenset[str]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The methods of a class that have these names, but for ``__init__``, as far as their files can be read."""
     found = []
-    for method in vars(base).values():
-        if inspect.isfunction(method) and method.__name__ != "__init__":
-            code = inspect.unwrap(method).__code__
-            node = _functions_in(code.co_filename).get(code.co_firstlineno)
-            if node is not None and node.name == code.co_name:
-                found.append(node)
+    for method in _functions(base, names):
+        code = inspect.unwrap(method).__code__
+        node = _functions_in(code.co_filename).get(code.co_firstlineno)
+        if node is not None and node.name == code.co_name:
+            found.append(node)
     return found
+
+
+def _functions(base: type, names: frozenset[str]) -> list[FunctionType]:
+    methods = [method for name, method in vars(base).items() if name in names]
+    return [method for method in methods if inspect.isfunction(method) and method.__name__ != "__init__"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,20 +283,18 @@ def _functions_in(filename: str) -> dict[int, ast.FunctionDef | ast.AsyncFunctio
 
 
 @functools.lru_cache(maxsize=4096)
-def _uses_in(base: type) -> tuple[tuple[str, Applied], ...]:
-    methods = _methods(base)
+def _uses_in(base: type, names: frozenset[str]) -> tuple[tuple[str, Applied], ...]:
+    methods = _methods(base, names)
     if not methods:
-        return _uses_in_bytecode(base)
+        return _uses_in_bytecode(_functions(base, names))
     return tuple(sorted({use for method in methods for use in _uses_in_method(method)}))
 
 
-def _uses_in_bytecode(base: type) -> tuple[tuple[str, Applied], ...]:
+def _uses_in_bytecode(methods: Sequence[FunctionType]) -> tuple[tuple[str, Applied], ...]:
     """What a class without a source (typed at a prompt, or piped in) does with its only map: products of one kind."""
     names: set[str] = set()
     products = False
-    for method in vars(base).values():
-        if not inspect.isfunction(method) or method.__name__ == "__init__":
-            continue
+    for method in methods:
         names |= set(method.__code__.co_names)
         products |= any(
             "MATRIX_MULTIPLY" in line.opname or line.argrepr == "@" for line in dis.get_instructions(method)

@@ -7,7 +7,7 @@ Evidence, from most to least certain:
 3. The module's code: ``F.linear(x, self.weight)`` or ``x @ self.weight``. See :mod:`~lightning_muon.partition.code`.
 4. ``in_features`` and ``out_features``, the names of ``nn.Linear``, with the convention of ``nn.Linear``.
 
-A tensor for which none of these speaks is no known map, also where it is square and only its direction is not known.
+Without any of these a tensor is not taken for a map, even if it is square and only its direction is unknown.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ class ParameterRule:
             raise ValueError(f"batch_dims must be 0 or more, got {self.batch_dims}.")
         for key in self.options:
             if key in _RESERVED_OPTIONS:
-                mend = "use the rule's field `name`" if key == "name" else "it is set by the partition"
-                raise ValueError(f"The option {key!r} cannot be set by a parameter rule: {mend}.")
+                fix = "use the rule's field `name`" if key == "name" else "it is set by the partition"
+                raise ValueError(f"The option {key!r} cannot be set by a parameter rule: {fix}.")
 
     def __str__(self) -> str:
         module_type = self.module_type.__name__ if isinstance(self.module_type, type) else self.module_type

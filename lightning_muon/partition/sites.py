@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -18,8 +19,18 @@ WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modul
 _WRAPPER_TYPES = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 _FABRIC_NAMES = {"_forward_module", "_original_module"}
 _ADAPTER_NAMES = {"base_layer", "original_module", "modules_to_save"}
-# Parametrizations under which the trained tensor still is a matrix: they rescale it, add to it or mask it.
-_SAFE_PARAMETRIZATIONS = re.compile(r"weight_?norm|spectral_?norm|lora|mask|prun|spars", re.IGNORECASE)
+# Words in the name of a parametrization under which the trained tensor is still a matrix: one that rescales it, adds
+# to it or masks it. "Sparse" alone says nothing: a sparse code is no mask.
+_SAFE_WORDS = re.compile(
+    r"(weight|spectral)norm(ed|alized|alization)?|lora|mask(s|ed|ing)?|prun(e|ed|er|ing)|sparsi(ty|fy|fied|fier|fication)"
+)
+# Words for a weight that is any other function of the tensor, whatever else the name says: MaskedSymmetric.
+_UNSAFE_WORDS = re.compile(
+    r"(anti|skew)?sym(metr\w*)?|skew|ortho\w*|unitary|stiefel|grassmann\w*|householder|cayley|givens|rotations?"
+    r"|(soft|sparse|ent)max|simplex|sinkhorn|doublystochastic|expm?|exponential|matrixexp|cholesky|psd|spd|definite"
+    r"|positive|nonnegative|softplus|sigmoid|tanh|relu|abs|square|circulant|toeplitz|kronecker"
+)
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +125,15 @@ def _site(
 
 
 def _is_safe(recipe: nn.Module) -> bool:
-    """Whether a parametrization leaves what is trained a matrix like the weight: a scale, a sum or a mask."""
-    if isinstance(recipe, (_WeightNorm, _SpectralNorm)):
-        return True
-    return any(_SAFE_PARAMETRIZATIONS.search(base.__name__) for base in type(recipe).__mro__)
+    """Whether what a parametrization trains is a matrix like the weight: a scale, a sum or a mask of it.
+
+    The names of its class and of the bases tell. A name in doubt is not safe.
+    """
+    words = [word for base in type(recipe).__mro__ for word in _words(base.__name__)]
+    return any(map(_SAFE_WORDS.fullmatch, words)) and not any(map(_UNSAFE_WORDS.fullmatch, words))
+
+
+def _words(name: str) -> list[str]:
+    """The words of a class name in lower case, and its pairs of neighbours as one: ``SoftMax`` is ``softmax`` too."""
+    words = [word.lower() for word in _WORDS.findall(name.replace("LoRA", "Lora"))]
+    return words + [first + second for first, second in itertools.pairwise(words)]

@@ -19,7 +19,7 @@ def partition_table(partition: Partition) -> Table:
 
     ``"blocks.*.attn.in_proj_weight x12"`` stands for twelve parameters, and ``"192 x 64 as 3 of 64 x 64"`` for how each
     is read as matrices. Vectors, of which models have many, share a row where the reason is the same. The caption
-    counts matrices and numbers in each group.
+    counts matrices and elements in each group.
     """
     rows: dict[tuple[str, ...], list[ParameterAssignment]] = {}
     for entry in partition:
@@ -91,22 +91,27 @@ def _group(entry: ParameterAssignment) -> str:
 
 def _caption(partition: Partition) -> str:
     trainable = [entry for entry in partition if not entry.frozen]
-    total = _numbers(trainable)
+    total = _elements(trainable)
     lines = []
     for group in ("matrix", "other"):
         entries = [entry for entry in trainable if entry.group == group]
-        matrices = f"{_matrices(entries)} matrices in " if group == "matrix" else ""
-        share = (
-            f"{_large(_numbers(entries))} of {_large(total)} numbers ({100 * _numbers(entries) / max(total, 1):.1f}%)"
-        )
-        lines.append(f"{group}: {matrices}{len(entries)} parameters, {share}")
+        count, size = _matrices(entries), _elements(entries)
+        matrices = f"{count} {'matrix' if count == 1 else 'matrices'} in " if group == "matrix" else ""
+        share = f"{_large(size)} of {_large(total)} {_noun('element', total)} ({100 * size / max(total, 1):.1f}%)"
+        lines.append(f"{group}: {matrices}{len(entries)} {_noun('parameter', len(entries))}, {share}")
     if frozen := [entry for entry in partition if entry.frozen]:
-        lines.append(f"frozen: {len(frozen)} parameters, {_large(_numbers(frozen))} numbers, in no optimizer")
+        count, size = len(frozen), _elements(frozen)
+        sizes = f"{_large(size)} {_noun('element', size)}"
+        lines.append(f"frozen: {count} {_noun('parameter', count)}, {sizes}, in no optimizer")
     lines.append(f"param groups: {', '.join(dict.fromkeys(entry.group_name for entry in trainable)) or 'none'}")
     return escape("\n".join(lines))
 
 
-def _numbers(entries: Iterable[ParameterAssignment]) -> int:
+def _noun(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _elements(entries: Iterable[ParameterAssignment]) -> int:
     return sum(entry.parameter.numel() for entry in entries)
 
 

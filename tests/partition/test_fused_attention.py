@@ -283,6 +283,33 @@ def test_a_head_that_the_code_splits_is_a_head():
     assert partition_parameters(Detector())["last.weight"].role == "head"
 
 
+class Halved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pack, self.back = nn.Linear(16, 48), nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.pack(x).chunk(2, dim=-1)
+
+
+class CutInThree(Halved):
+    def forward(self, x):
+        return self.pack(x).chunk(3, dim=-1)
+
+
+class CutBothWays(Halved):
+    def forward(self, x):
+        return super().forward(x), self.pack(x).chunk(3, dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"), [(Halved, "2 of 24 x 16"), (CutInThree, "3 of 16 x 16"), (CutBothWays, "48 x 16")]
+)
+def test_cuts_of_overridden_methods_do_not_count(layer, expected):
+    entry = partition_parameters(Parts(layer=layer(), norm=nn.LayerNorm(16)))["layer.pack.weight"]
+    assert layout_text(entry) == expected
+
+
 def test_raw_input_projection_of_fairseq():
     class MultiheadAttention(nn.Module):
         def __init__(self) -> None:

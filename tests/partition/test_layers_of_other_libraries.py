@@ -106,6 +106,104 @@ def test_linear_layers_by_sizes_or_code(layer, name, transposed):
     assert ("stored transposed" in reason) == transposed
 
 
+class Right(Raw):
+    """(fan-in, fan-out), and what subclasses make of it."""
+
+    def __init__(self) -> None:
+        super().__init__({"weight": (16, 16)})
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Overridden(Right):
+    def forward(self, x):
+        return torch.einsum("bi,oi->bo", x, self.weight)
+
+
+class OverriddenTwice(Overridden):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class OverriddenBack(Overridden):
+    def forward(self, x):
+        return Right.forward(self, x)
+
+
+class Extended(Right):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class ExtendedByName(Right):
+    def forward(self, x):
+        return Right.forward(self, x).relu()
+
+
+class CalledElsewhere(Right):
+    def forward(self, x):
+        return self.mapped(x)
+
+    def mapped(self, x):
+        return [super(CalledElsewhere, self).forward(part) for part in x]
+
+
+class Both(Right):
+    """Applied both ways: by its own code and by that of its base."""
+
+    def forward(self, x):
+        return F.linear(super().forward(x), self.weight)
+
+
+class AppliedFromTheLeft:
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class MixedIn(AppliedFromTheLeft, Right):
+    pass
+
+
+class Passing:
+    def forward(self, x):
+        return super().forward(x)
+
+
+class PassedOn(Passing, Right):
+    pass
+
+
+class ExtendedElsewhere(Right):
+    """What it calls of its base is another method: the base's forward is dead."""
+
+    def extra_repr(self):
+        return super().extra_repr()
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (Right, "T 16 x 16"),
+        (Overridden, "16 x 16"),
+        (OverriddenTwice, "16 x 16"),
+        (OverriddenBack, "T 16 x 16"),
+        (Extended, "T 16 x 16"),
+        (ExtendedByName, "T 16 x 16"),
+        (CalledElsewhere, "T 16 x 16"),
+        (Both, "other"),
+        (MixedIn, "16 x 16"),
+        (PassedOn, "T 16 x 16"),
+        (ExtendedElsewhere, "16 x 16"),
+    ],
+)
+def test_overridden_methods_say_nothing(layer, expected):
+    assert read(Parts(layer=layer(), norm=nn.LayerNorm(16))) == {"layer.weight": expected}
+
+
 class Relational(Raw):
     """A map for each relation, as in RGCN: (relations, fan-in, fan-out)."""
 

@@ -65,7 +65,7 @@ def test_no_warning_about_what_is_frozen_or_sent_by_a_rule():
 def test_parametrizations_count_as_unknown():
     module = nn.Sequential(*(parametrizations.orthogonal(nn.Linear(16, 16)) for _ in range(3)), nn.Linear(16, 4))
     [text] = partition_parameters(module).warnings()
-    assert "_Orthogonal makes the weight of Linear" in text
+    assert "_Orthogonal computes the weight of Linear" in text
 
 
 def test_the_hybrid_is_silent_about_ordinary_models():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.ao.pruning import FakeSparsity
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_muon.partition import partition_parameters
@@ -85,7 +86,91 @@ def test_matrices(parametrized, name):
 def test_other_tensors(parametrized, path):
     entry = partition_parameters(model(parametrized(nn.Linear(16, 16))))["1.parametrizations.weight.original"]
     assert (entry.role, entry.group) == ("other", "other")
-    assert f"{path} makes the weight of Linear of this tensor" in entry.reason
+    assert entry.reason.startswith(
+        f"{path} computes the weight of Linear from this tensor, so a step on the tensor is not a step on the weight."
+    )
+
+
+SAFE_NAMES = [
+    "Mask",
+    "MaskedWeight",
+    "CausalMask",
+    "CONVMask",
+    "pruning_mask",
+    "Pruned",
+    "MagnitudePruner",
+    "SparseMask",
+    "FakeSparsity",
+    "TopKSparsify",
+    "FakeStructuredSparsity",
+    "LoRA",
+    "QLoRA",
+    "LoraLayer",
+    "LORA",
+    "lora_parametrization",
+    "WeightNorm",
+    "WeightNorm2d",
+    "weight_norm",
+    "MyWeightNormalization",
+    "SpectralNorm",
+    "SpectralNormed",
+]
+UNSAFE_NAMES = [
+    "Sparsemax",
+    "SparseMax",
+    "SparseCode",
+    "MaskedSoftmax",
+    "MaskedSoftMax",
+    "MyMaskedSymmetric",
+    "SymmetricLoRA",
+    "Exploration",
+    "Explorable",
+    "Pruner2Simplex",
+    "MaskedOrthogonal",
+    "OrthonormalMask",
+    "SkewMask",
+    "MaskedCayley",
+    "HouseHolderMask",
+    "MaskedHouseholder",
+    "PrunedExp",
+    "MaskedMatrixExp",
+    "Normalization",
+    "Flora",
+    "MaskSPD",
+]
+
+
+def recipe(name: str) -> nn.Module:
+    return type(name, (nn.Module,), {"forward": lambda self, x: x})()
+
+
+@pytest.mark.parametrize(("name", "role"), [(n, "hidden") for n in SAFE_NAMES] + [(n, "other") for n in UNSAFE_NAMES])
+def test_words_of_the_class_tell_what_is_safe(name, role):
+    module = model(with_parametrization(recipe(name))(nn.Linear(16, 16)))
+    assert partition_parameters(module)["1.parametrizations.weight.original"].role == role
+
+
+def test_words_of_a_base_count_for_and_against():
+    class Masked(PruningMask):
+        pass
+
+    class Mine(Masked):
+        pass
+
+    class SymmetricOne(Symmetric):
+        pass
+
+    class MaskedTwice(SymmetricOne):
+        pass
+
+    for made, role in ((Mine, "hidden"), (MaskedTwice, "other")):
+        module = model(with_parametrization(made())(nn.Linear(16, 16)))
+        assert partition_parameters(module)["1.parametrizations.weight.original"].role == role
+
+
+def test_sparsifiers_of_torch_mask():
+    module = model(with_parametrization(FakeSparsity(torch.ones(16, 16)))(nn.Linear(16, 16)))
+    assert partition_parameters(module)["1.parametrizations.weight.original"].group == "matrix"
 
 
 def test_factors_of_lora_are_matrices():

@@ -65,17 +65,28 @@ def test_frozen_parameters_say_so():
     model.items.requires_grad_(False)
     assert rows(model)["items.weight"][2] == "frozen"
     caption = str(partition_parameters(model).table().caption)
-    assert "frozen: 1 parameters, 16 k numbers, in no optimizer" in caption
+    assert "frozen: 1 parameter, 16 k elements, in no optimizer" in caption
 
 
-def test_caption_counts_matrices_and_numbers():
-    """Per block 3 + 1 + 1 + 1 matrices and 3 * 256 + 256 + 2 * 512 = 2048 numbers in them."""
+def test_caption_counts_matrices_and_elements():
+    """Per block 3 + 1 + 1 + 1 matrices and 3 * 256 + 256 + 2 * 512 = 2048 elements in them."""
     caption = str(partition_parameters(Model()).table().caption)
     vectors = 12 * (48 + 16 + 32 + 16 + 4 * 16) + 1000
     total = 24576 + vectors + 2 * 16000
-    assert f"matrix: 72 matrices in 48 parameters, 24.6 k of {total / 1000:.1f} k numbers" in caption
+    assert f"matrix: 72 matrices in 48 parameters, 24.6 k of {total / 1000:.1f} k elements" in caption
     assert f"({100 * 24576 / total:.1f}%)" in caption
     assert "param groups: other/embedding, matrix, other/vector, other/head" in caption
+
+
+def test_caption_of_one():
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.LayerNorm(1, bias=False))
+    caption = str(partition_parameters(net, [ParameterRule(pattern="0.weight", group="matrix")]).table().caption)
+    assert "matrix: 1 matrix in 1 parameter, 16 of 17 elements (94.1%)" in caption
+    assert "other: 1 parameter, 1 of 17 elements (5.9%)" in caption
+    net[0].requires_grad_(False)
+    caption = str(partition_parameters(net).table().caption)
+    assert "matrix: 0 matrices in 0 parameters, 0 of 1 element (0.0%)" in caption
+    assert "frozen: 1 parameter, 16 elements, in no optimizer" in caption
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -114,4 +125,4 @@ def test_names_with_brackets_are_no_markup():
 def test_large_counts():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(100_000, 40_000, bias=False), nn.Linear(40_000, 2, bias=False))
-    assert "4 G of 4 G numbers (100.0%)" in str(partition_parameters(net).table().caption)
+    assert "4 G of 4 G elements (100.0%)" in str(partition_parameters(net).table().caption)

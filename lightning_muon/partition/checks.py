@@ -50,7 +50,7 @@ def check_parameter(parameter: Tensor, sites: list[Site], sent_to_other: bool) -
         sent_to_other: whether a rule sets its group to ``"other"``.
 
     Raises:
-        ValueError: with the parameter's name and the mend.
+        ValueError: with the parameter's name and the fix.
     """
     name = sites[0].name
     if sent_to_other or not parameter.requires_grad:

@@ -126,7 +126,7 @@ class MatrixLayout:
         return out
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ``ValueError`` with the mend if a tensor of ``shape`` cannot be read in this layout."""
+        """Raise ``ValueError`` with the fix if a tensor of ``shape`` cannot be read in this layout."""
         shape = tuple(shape)
         if len(shape) < self.batch_dims + 2:
             raise ValueError(

@@ -201,6 +201,6 @@ def _check_options(group: dict[str, Any]) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not isinstance(value, Tensor) and not (number and 0.0 <= value < math.inf):
             raise ValueError(
-                f"A parameter rule sets {key}={value!r} for the group {group['name']!r}: it must be a finite number of 0 "
-                "or more."
+                f"A parameter rule sets {key}={value!r} for the group {group['name']!r}: it must be a finite number "
+                "of 0 or more."
             )

@@ -255,8 +255,11 @@ REFUSED = [
         "matches no parameter. Near names: layers.up",
     ),
     (["--model.schedule=Cosine", "--model.schedule.warmup=-1"], "warmup must be 0 or more, got -1"),
-    (["--model.matrix_optimizer.lr=-1"], "lr must be a finite number of 0 or more, got -1"),
-    (["--model.other_optimizer.lr=-1"], "Invalid learning rate: -1"),
+    (
+        ["--model.matrix_optimizer.lr=-1"],
+        "error: matrix_optimizer (Muon): lr must be a finite number of 0 or more, got -1",
+    ),
+    (["--model.other_optimizer.lr=-1"], "error: other_optimizer (AdamW): Invalid learning rate: -1"),
     (["--model.parameter_rules=[{group: other}]"], "selects nothing: give it a pattern"),
     (["--trainer.callbacks+=SpectralNormMonitor", "--trainer.callbacks.every_n_steps=0"], "every_n_steps must be an"),
     (["--schedule=Cosine"], "use --model.schedule"),

@@ -149,7 +149,8 @@ def test_the_function_in_place_of_super_counts_too():
             return configure_hybrid_optimizer(self, self.matrix_optimizer, schedule=self.schedule)
 
     fitted = fit(ByFunction(matrix_optimizer=partial(Muon, lr=0.3), schedule=Linear()))
-    assert fitted.optimizers[0].peak_rates["matrix"] == 0.3
+    (group,) = (group for group in fitted.optimizers[0].param_groups if group["name"] == "matrix")
+    assert group["initial_lr"] == 0.3
 
 
 def test_a_scheduler_beside_a_schedule_gets_a_sentence():

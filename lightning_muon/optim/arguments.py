@@ -1,4 +1,4 @@
-"""Checks of parameters and options, with the mend in the message."""
+"""Checks of parameters and options, with the fix in the message."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OPTIMIZER_KEY = "optimizer"
 FOLLOWS_KEY = "follows"
 """Where a param group of a hybrid keeps the name of the group whose learning rate it follows."""
 
-STRUCTURAL_KEYS = frozenset({"params", "param_names", "name", "layouts", OPTIMIZER_KEY, FOLLOWS_KEY})
-"""What a param group holds besides options."""
+STRUCTURAL_KEYS = frozenset({"params", "param_names", "name", "layouts"})
+"""What a param group holds besides options, as users write it. What is kept there besides is not theirs to set."""
 
 WRITTEN_BY_OTHERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}  # schedulers of torch
@@ -32,11 +32,43 @@ WRITTEN_BY_OTHERS = frozenset(
 )
 """What a param group may hold because it was made for, or had, a scheduler or another optimizer."""
 
+_NOT_AN_OPTION = {
+    OPTIMIZER_KEY: (
+        "options cannot choose the optimizer. Make an optimizer of that class for these parameters; a HybridOptimizer "
+        "holds several"
+    ),
+    FOLLOWS_KEY: "it is kept by HybridOptimizer. Give the group an 'lr' of its own",
+}
+"""Why users cannot set what is kept in param groups for the package's own use, and what to do instead."""
+
 NO_CLASS = (
     "A package that calls optimizer(params=module.parameters(), lr=...) cannot say which parameters are matrices: pass "
     "callbacks=[lightning_muon.UseMuon(...)] to its Trainer instead, and leave its optimizer as it is."
 )
 """What to do where an optimizer class was handed to a package that calls it with all parameters of a module."""
+
+
+class UnknownOptionError(ValueError):
+    """Somebody sets an option that an optimizer does not have."""
+
+    kind: str
+    key: str
+    options: list[str]
+
+    @classmethod
+    def of(cls, kind: str, key: str, options: list[str], who: str) -> UnknownOptionError:
+        """The error with its message.
+
+        Args:
+            kind: class of the optimizer.
+            key: the option.
+            options: those that it has.
+            who: sets the option, as the message says it.
+        """
+        hint = near_names(key, options, limit=len(options), what="Options")
+        error = cls(f"{kind} has no option {key!r}, which {who}. {hint}")
+        error.kind, error.key, error.options = kind, key, options
+        return error
 
 
 def check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
@@ -77,16 +109,56 @@ def check_option_names(optimizer: Optimizer, group: dict[str, Any], allowed: Col
         allowed: keys that it may have besides options.
 
     Raises:
-        ValueError: names the option, the group and near names.
+        UnknownOptionError: names the option, the group and near names.
+        ValueError: for a key that the package keeps there for itself; see :func:`check_own_keys`.
     """
     options = constructor_options(optimizer)
-    where = f"the param group {group['name']!r}" if "name" in group else f"param group {len(optimizer.param_groups)}"
+    where = _description(group, len(optimizer.param_groups))
+    check_own_keys(optimizer, group, where)
     for key in group:
-        if key not in options and key not in STRUCTURAL_KEYS and key not in allowed:
-            raise ValueError(
-                f"{type(optimizer).__name__} has no option {key!r}, which {where} sets. "
-                f"{near_names(str(key), options, limit=len(options))}"
-            )
+        if key not in options and key not in STRUCTURAL_KEYS and key not in _NOT_AN_OPTION and key not in allowed:
+            raise UnknownOptionError.of(type(optimizer).__name__, str(key), options, f"{where} sets")
+
+
+def check_rule_options(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """The same for a group that the partition made, whose options are those of parameter rules.
+
+    Raises:
+        UnknownOptionError: names the option, the group and near names.
+    """
+    options = constructor_options(optimizer)
+    for key in group:
+        if key not in options and key not in STRUCTURAL_KEYS:
+            raise UnknownOptionError.of(type(optimizer).__name__, str(key), options, set_by_rule(group))
+
+
+def set_by_rule(group: dict[str, Any]) -> str:
+    """Who sets an option of a group of the partition, for :class:`UnknownOptionError`."""
+    return f"a parameter rule sets for the group {group['name']!r}"
+
+
+def check_own_keys(optimizer: Optimizer, group: dict[str, Any], where: str) -> None:
+    """Refuse what a user writes where the package keeps its own, except in a copy of a group of such an optimizer.
+
+    Args:
+        optimizer: that the group is for.
+        group: as the user wrote it.
+        where: the group, for the error.
+
+    Raises:
+        ValueError: names the key, the group, and what to do instead.
+    """
+    if group.get(OPTIMIZER_KEY) == class_label(optimizer):
+        return
+    for key, reason in _NOT_AN_OPTION.items():
+        if key in group:
+            raise ValueError(f"{where[0].upper()}{where[1:]} sets {key!r} to {group[key]!r}, but {reason}.")
+
+
+def class_label(optimizer: Optimizer) -> str:
+    """Package and class of an optimizer, e.g. ``"torch.AdamW"``, which its param groups hold."""
+    kind = type(optimizer)
+    return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"
 
 
 def constructor_options(optimizer: Optimizer) -> list[str]:
@@ -203,6 +275,10 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
     """1 - beta^t, what a moving average from zero is to be divided by; (B,) steps t -> (B, 1, 1)."""
     correction = torch.ones_like(step) if beta == 0.0 else -torch.expm1(step * math.log(beta))
     return correction[:, None, None]
+
+
+def _description(group: dict[str, Any], index: int) -> str:
+    return f"the param group {group['name']!r}" if "name" in group else f"param group {index}"
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lightning_muon.optim import foreign
@@ -16,8 +16,11 @@ from lightning_muon.optim.arguments import (
     NO_CLASS,
     STRUCTURAL_KEYS,
     WRITTEN_BY_OTHERS,
-    check_option_names,
+    UnknownOptionError,
+    check_own_keys,
+    check_rule_options,
     constructor_options,
+    set_by_rule,
 )
 from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.routing import can_train, options_of
@@ -41,11 +44,17 @@ def build_child(factory: OptimizerFactory, partition: Partition, owner: str) -> 
         return None
     for group in groups:
         _check_options(group)
-    optimizer = _construct(factory, groups, owner)
+    try:
+        optimizer = _construct(factory, groups, owner)
+    except UnknownOptionError as error:
+        ruled = next((group for group in groups if error.key in group), None)
+        if ruled is None:  # the factory sets it
+            raise
+        raise UnknownOptionError.of(error.kind, error.key, error.options, set_by_rule(ruled)) from None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{factory!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
     for group in groups:
-        check_option_names(optimizer, group)
+        check_rule_options(optimizer, group)
     frozen = {group["name"] for group in groups if _is_frozen(group)}
     for group in optimizer.param_groups:
         group.pop("layouts", None)
@@ -66,19 +75,15 @@ def add_group(child: Optimizer, group: dict[str, Any]) -> None:
     child.param_groups[-1].update({key: value for key, value in group.items() if key not in allowed})
 
 
-def warn_without_matrices(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> None:
-    """Say so where the matrix optimizer has nothing to do, or nothing yet."""
-    if any(entry.group == "matrix" and not entry.frozen for entry in partition):
+def warn_of_partition(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> None:
+    """Say what a user should know of a partition: once, on the first of the processes that train together."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return
-    start = f"{type(module).__name__} has no trainable hidden matrix: every parameter goes to "
-    text = f"{start}{type(optimizers['other']).__name__} and no matrix optimizer is used."
-    if "matrix" in optimizers:
-        count = sum(entry.group == "matrix" for entry in partition)
-        text = (
-            f"{start}{type(optimizers['other']).__name__}. {count} hidden matrices are frozen, and go to "
-            f"{type(optimizers['matrix']).__name__} once they are unfrozen."
-        )
-    warnings.warn(text, stacklevel=3)
+    texts = partition.warnings()
+    if not any(entry.group == "matrix" and not entry.frozen for entry in partition):
+        texts = [_without_matrices(module, partition, optimizers), *texts]
+    for text in texts:
+        warnings.warn(text, stacklevel=3)
 
 
 def check_children(optimizers: Mapping[str, Optimizer] | None, options: Mapping[str, Any]) -> None:
@@ -105,6 +110,8 @@ def check_children(optimizers: Mapping[str, Optimizer] | None, options: Mapping[
         if not isinstance(child, Optimizer):
             raise TypeError(f"The child {name!r} is {type(child).__name__}, not a torch.optim.Optimizer.")
         foreign.check_child(name, child)
+        for index, group in enumerate(child.param_groups):
+            check_own_keys(child, group, f"param group {index} of the child {name!r}")
     foreign.check_together(optimizers)
     owners = Counter(p for child in optimizers.values() for group in child.param_groups for p in group["params"])
     if any(count > 1 for count in owners.values()):
@@ -131,6 +138,19 @@ def shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
         if "betas" in child.defaults:
             shared.setdefault("momentum", child.defaults["betas"][0])
     return shared
+
+
+def _without_matrices(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> str:
+    """What to say where the matrix optimizer has nothing to do, or nothing yet."""
+    start = f"{type(module).__name__} has no trainable hidden matrix: every parameter goes to "
+    text = f"{start}{type(optimizers['other']).__name__} and no matrix optimizer is used."
+    if "matrix" in optimizers:
+        count = sum(entry.group == "matrix" for entry in partition)
+        text = (
+            f"{start}{type(optimizers['other']).__name__}. {count} hidden matrices are frozen, and go to "
+            f"{type(optimizers['matrix']).__name__} once they are unfrozen."
+        )
+    return text
 
 
 def _groups(partition: Partition, owner: str) -> list[dict[str, Any]]:
@@ -181,5 +201,6 @@ def _check_options(group: dict[str, Any]) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not isinstance(value, Tensor) and not (number and 0.0 <= value < math.inf):
             raise ValueError(
-                f"A rule sets {key}={value!r} for the group {group['name']!r}: it must be a finite number of 0 or more."
+                f"A parameter rule sets {key}={value!r} for the group {group['name']!r}: it must be a finite number "
+                "of 0 or more."
             )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_muon.optim.arguments import OPTIMIZER_KEY
+from lightning_muon.optim.arguments import OPTIMIZER_KEY, class_label
 from lightning_muon.optim.routing import Routing
 
 
@@ -166,12 +166,6 @@ def check_class(saved_options: Mapping[str, Any], optimizer: Optimizer, what: st
         f"different things. Choose {one} again, or load the weights alone and let {other} start anew (Lightning: "
         "Module.load_from_checkpoint(path), then fit without ckpt_path)."
     )
-
-
-def class_label(optimizer: Optimizer) -> str:
-    """Package and class of an optimizer, e.g. ``"torch.AdamW"``."""
-    kind = type(optimizer)
-    return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"
 
 
 def name_of_class(label: str) -> str:

@@ -25,7 +25,8 @@ def construct(
 
     Raises:
         TypeError: if the optimizer cannot be part of a hybrid; see :func:`check_child`.
-        Exception: whatever the factory raises, with a note on what it was called for and with.
+        Exception: whatever the factory raises; the message says which optimizer was to be made, and a note says from
+            what.
     """
     try:
         optimizer = factory(groups)
@@ -33,11 +34,12 @@ def construct(
         told = any("use_muon" in group for group in groups)
         if isinstance(error, ValueError) and "use_muon" in str(error) and not told:
             return construct(factory, [{**group, "use_muon": owner == "matrix"} for group in groups], owner)
+        _name_owner(error, owner, _class_name(factory))
         if not _is_ours(error):
             error.add_note(
-                f"{_name(factory)} cannot be the optimizer of {owner!r}, which is made from a list of param groups and "
-                "nothing else. If it wraps another optimizer, takes the model, knows no param groups or runs on other "
-                "hardware only, choose one that does not."
+                f"{_class_name(factory) or repr(factory)} cannot be the optimizer of {owner!r}, which is made from a "
+                "list of param groups and nothing else. If it wraps another optimizer, takes the model, knows no param "
+                "groups or runs on other hardware only, choose one that does not."
             )
         raise
     if isinstance(optimizer, Optimizer):
@@ -107,7 +109,7 @@ def extra_entries(child: Optimizer) -> dict[str, Any]:
 
 def counts_in_groups(child: Optimizer) -> bool:
     """Whether the param groups may hold counters (``step``, ``k``), so that a parameter that joins late needs a group
-    of its own: with the bias correction of step 1000, its first update would be some thirty times too large.
+    of its own: its first update would get the bias correction of a late step, and be far too large.
 
     torch and this package keep all state by parameter; of other packages it is not known.
     """
@@ -223,10 +225,18 @@ def _needs_closure(optimizer: Optimizer) -> bool:
     return code is not None and "NoClosureError" in code.co_names  # of pytorch-optimizer
 
 
-def _name(factory: object) -> str:
-    """Name of the class that a factory makes: jsonargparse hides it among the arguments of a ``partial``."""
+def _class_name(factory: object) -> str | None:
+    """Name of the class that a factory makes, if it shows: jsonargparse has it among the arguments of a ``partial``."""
     parts = [factory.func, *factory.args] if isinstance(factory, functools.partial) else [factory]
-    return next((part.__name__ for part in parts if isinstance(part, type)), repr(factory))
+    return next((part.__name__ for part in parts if isinstance(part, type)), None)
+
+
+def _name_owner(error: Exception, owner: str, kind: str | None) -> None:
+    """Begin the message of an error with the optimizer that refuses, unless it names the class of that optimizer."""
+    if len(error.args) != 1 or not isinstance(error.args[0], str) or (kind is not None and kind in error.args[0]):
+        return
+    which = f"{owner}_optimizer" if kind is None else f"{owner}_optimizer ({kind})"
+    error.args = (f"{which}: {error.args[0]}",)
 
 
 def _is_ours(error: BaseException) -> bool:

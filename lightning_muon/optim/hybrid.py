@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
@@ -19,18 +18,18 @@ from lightning_muon.optim.building import (
     check_children,
     check_names,
     shared_defaults,
-    warn_without_matrices,
+    warn_of_partition,
 )
 from lightning_muon.optim.checkpoint import check_class, match_groups, state_of
 from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
-from lightning_muon.optim.membership import Links, ParameterHolder
+from lightning_muon.optim.membership import Links, _ParameterHolder
 from lightning_muon.optim.muon import Muon
 from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.routing import Routing
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
 
 
-class HybridOptimizer(ParameterHolder):
+class HybridOptimizer(_ParameterHolder):
     """Several optimizers, each on its own parameters, behind one ``torch.optim.Optimizer``.
 
     ``param_groups`` holds the very dicts of the children, and all share one ``state``: schedulers, gradient clipping,
@@ -45,10 +44,10 @@ class HybridOptimizer(ParameterHolder):
         **options: none; the error says what to do for packages that call ``optimizer(params=..., lr=...)``.
 
     Groups of which all parameters are frozen are in ``param_groups`` from the start, empty, so that schedulers count
-    them; the children see them once they have parameters. A parameter that is unfrozen joins its group, at the group's
-    learning rate. Optimizers of other packages may count steps in the group: there it joins a group of its own, e.g.
-    ``"matrix/2"``, at the same rate. ``LambdaLR`` and ``CosineAnnealingLR`` of torch refuse groups that are added late;
-    the schedules of this package follow them.
+    them; the children see them once they have parameters. A parameter that is unfrozen joins its group, at the learning
+    rate of that group. Optimizers of other packages may count steps in the group: there the parameter joins a group of
+    its own, e.g. ``"matrix/2"``, at the same rate. ``LambdaLR`` and ``CosineAnnealingLR`` of torch refuse groups that
+    are added late; the schedules of this package follow them.
 
     Raises:
         ValueError: if there is no child, if children share a parameter or if two groups have one name.
@@ -122,9 +121,7 @@ class HybridOptimizer(ParameterHolder):
             child = build_child(factory, partition, owner)
             if child is not None:
                 optimizers[owner] = child
-        warn_without_matrices(module, partition, optimizers)
-        for text in partition.warnings():
-            warnings.warn(text, stacklevel=2)
+        warn_of_partition(module, partition, optimizers)
         return cls(optimizers, partition)
 
     @overload
@@ -169,7 +166,7 @@ class HybridOptimizer(ParameterHolder):
         return any(map(foreign.differentiates_gradients, self.optimizers.values()))
 
     def train(self) -> None:
-        """Switch schedule-free children to the weights to train on; others have no such mode. A Trainer does it."""
+        """Switch schedule-free children to the weights to train on; others have no such mode. A Trainer calls this."""
         self._links.mode = "train"
         for child in self._links.modal:
             child.train()  # type: ignore[attr-defined]
@@ -186,7 +183,7 @@ class HybridOptimizer(ParameterHolder):
         See :meth:`MatrixOptimizer.observe_updates`. Parameters that join later are observed too.
 
         Returns:
-            A handle whose ``remove()`` ends it.
+            A handle whose ``remove()`` ends the observation.
         """
         observers = [child._observers for child in self.optimizers.values() if isinstance(child, MatrixOptimizer)]
         handle = RemovableHandle(self._links.observers, extra_dict=observers)
@@ -205,12 +202,12 @@ class HybridOptimizer(ParameterHolder):
 
         The order of groups and parameters may have changed. Parameters that are frozen here, and were trained when the
         state was saved, join; a parameter may be in another group of the same child, and takes the options that this
-        group was saved with. Learning rates are those of the state: compare :attr:`configured_rates`.
+        group was saved with. Learning rates are those of the state.
 
         Raises:
             ValueError: if a parameter is missing, unexpected or with another child than it was, if another class of
-                optimizer saved the state, or if it does not fit. The optimizer is as it was then.
-            TypeError: if it is no dict.
+                optimizer saved the state, or if the state does not fit. The optimizer is as it was then.
+            TypeError: if the state is no dict.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = dict(state_dict)  # the hook may change it

@@ -23,6 +23,7 @@ from lightning_muon.optim.arguments import (
     check_non_negative,
     check_option_names,
     check_parameter,
+    class_label,
     dtype_name,
     parameter_names,
     unique_names,
@@ -30,7 +31,6 @@ from lightning_muon.optim.arguments import (
 from lightning_muon.optim.checkpoint import (
     check_class,
     check_form,
-    class_label,
     name_of_class,
     restore_exactly,
 )

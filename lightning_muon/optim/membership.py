@@ -17,13 +17,14 @@ from lightning_muon.optim.arguments import (
     OPTIMIZER_KEY,
     WRITTEN_BY_OTHERS,
     check_option_names,
+    check_rule_options,
+    class_label,
     constructor_options,
 )
 from lightning_muon.optim.building import add_group
-from lightning_muon.optim.checkpoint import class_label
 from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
 from lightning_muon.optim.rollback import unchanged_on_error
-from lightning_muon.optim.routing import Routing, peak_rate, set_rate
+from lightning_muon.optim.routing import Routing, set_rate
 from lightning_muon.partition import ParameterAssignment, Partition
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Links:
-    """What follows from the param groups and the children, kept up to date by ``ParameterHolder._link``.
+    """What follows from the param groups and the children, kept up to date by ``_ParameterHolder._link``.
 
     One object, because wrappers such as Lightning's share our attributes but keep to themselves those that they set.
     """
@@ -53,7 +54,7 @@ class Links:
     observers: OrderedDict[int, UpdateObserver] = field(default_factory=OrderedDict)
 
 
-class ParameterHolder(Optimizer):
+class _ParameterHolder(Optimizer):
     """The half of :class:`~lightning_muon.optim.HybridOptimizer` that knows which child has which parameters.
 
     ``param_groups`` holds the very dicts of the children, less those groups that are empty as all their parameters are
@@ -70,16 +71,6 @@ class ParameterHolder(Optimizer):
         """Which parameter belongs to which child, and why; None where the children were made by hand."""
         return self._routing.partition
 
-    @property
-    def configured_rates(self) -> dict[str, float]:
-        """The learning rate of each param group as the optimizers were built, before a schedule or a checkpoint."""
-        return {name: peak_rate(options) for name, options in self._routing.built.items()}
-
-    @property
-    def peak_rates(self) -> dict[str, float]:
-        """The learning rate of each param group now, before a schedule multiplies it."""
-        return {group["name"]: peak_rate(group) for group in self.param_groups}
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters in groups of their own, e.g. to train a layer that is unfrozen at another learning rate.
 
@@ -92,8 +83,9 @@ class ParameterHolder(Optimizer):
         ``BackboneFinetuning`` sets, until somebody gives them their own.
 
         Raises:
-            ValueError: if it is unknown where a parameter belongs, if it has an optimizer already, for an option that
-                its optimizer does not have, or if that refuses it. Nothing is changed then.
+            ValueError: if nothing says where a parameter belongs, if a parameter has an optimizer already, for an
+                option that the optimizer does not have, or if that optimizer refuses the group. Nothing is changed
+                then.
         """
         if self._constructing:
             super().add_param_group(param_group)
@@ -111,9 +103,9 @@ class ParameterHolder(Optimizer):
     def adopt(self, partition: Partition) -> list[ParameterAssignment]:
         """Go on with a new partition of the module, after layers were added, replaced, renamed or removed.
 
-        Parameters that are new, and trainable, join the groups that it sends them to; those that are new and frozen
-        join once they are unfrozen. Known ones stay where they are, under their new names, and those that the module
-        lost leave, with their state.
+        Parameters that are new, and trainable, join the groups that the partition sends them to; those that are new
+        and frozen join once they are unfrozen. Known ones stay where they are, under their new names, and those that
+        the module lost leave, with their state.
 
         Args:
             partition: of the same module; see :func:`~lightning_muon.partition.partition_parameters`.
@@ -151,8 +143,9 @@ class ParameterHolder(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim``; and parameters that were frozen so far, and take gradients now, join their groups.
 
-        So they are among ``param_groups`` when gradients are clipped or unscaled. Those whose first gradient came
-        without it join in :meth:`step`; with a ``GradScaler``, call this method rather than the module's.
+        So they are among ``param_groups`` when gradients are clipped or unscaled. Those whose first gradient
+        came without a call of this method join in :meth:`step`; with a ``GradScaler``, call this one rather than the
+        module's.
         """
         if self._routing.waiting:
             self._take_in([entry for entry in self._routing.waiting if not entry.frozen])
@@ -179,6 +172,7 @@ class ParameterHolder(Optimizer):
         child = self.optimizers[owner]
         members = {"params": [e.parameter for e in entries], "param_names": [e.name for e in entries]}
         group = next((group for group in self.param_groups if group["name"] == name), None)
+        check_rule_options(child, {"name": name, **entries[0].options})
         if group is None or (group["params"] and foreign.counts_in_groups(child)):
             self._add_group(owner, {**entries[0].options, "name": name, **members})
             return

@@ -49,7 +49,7 @@ class Muown(WeightAwareOptimizer):
     it. Three things differ. A magnitude that has crossed zero keeps its sign when it is read again after a decay; there
     it becomes positive, against the averages. A weight three times as tall as wide is one matrix here unless its layout
     splits it; there it always counts as a fused query, key and value. The authors' distributed class, which also
-    shrinks the magnitudes first, decays about twice as much as their other one, which is followed here. NVIDIA's
+    shrinks the magnitudes first, decays more than their other one, which is followed here. NVIDIA's
     Emerging-Optimizers has neither the look-ahead nor a decay of anything but the magnitudes.
 
     Args:

@@ -39,8 +39,8 @@ class PolarGrad(MatrixOptimizer):
     Source: Lau, Long & Su, arXiv 2505.21799, and the authors' code (github.com/timlautk/polargrad), which runs two
     iterations of QDWH by default and leaves :math:`U` approximate; here the default runs to convergence, as theirs does
     with ``inner_steps=10``. ``steps=2`` is not their two iterations: it starts from another lower bound of the singular
-    values, and so ends with some from 0.82 to 1 for square normal matrices, where theirs are from 0.73 to 1. With any
-    ``method`` :math:`\nu` is formed with the :math:`U` that is used.
+    values, so that those of :math:`U` end elsewhere. With any ``method`` :math:`\nu` is formed with the :math:`U` that
+    is used.
 
     State: ``momentum_buffer``, one element per weight.
 

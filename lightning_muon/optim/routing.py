@@ -50,7 +50,7 @@ class Routing:
         ]
 
     def adopt(self, partition: Partition, groups: Sequence[dict[str, Any]]) -> None:
-        """Take a new partition of the same module; whom no child takes, it names.
+        """Take a new partition of the same module. The error names parameters that no child takes.
 
         Raises:
             ValueError: for trainable parameters of a group that has no child.

@@ -50,8 +50,8 @@ class SpectralSphere(WeightAwareOptimizer):
     false position (Illinois variant) until ``tolerance`` is met, each matrix of a stack for itself. Where no multiplier
     meets it, because :math:`\langle \Theta, \Phi \rangle` jumps over 0 (as for :math:`\hat M = \pm\Theta`), the best
     one tried is used. The power iteration goes on from the vectors of the last step; at first from the largest row of
-    the weights with all columns mixed in. The authors make 5 iterations from ones at every step, which leaves normal
-    matrices of 64 x 64 to 256 x 64 at norms 7 to 9 % above R. There are no random numbers.
+    the weights with all columns mixed in. The authors make 5 iterations from ones at every step, whose estimate
+    of the norm is too low until they converge, so that the norm stays above R. There are no random numbers.
 
     Zero weights have neither a norm to bring back nor a :math:`\Theta`: their first step is Muon's. With ``lr=0``
     weights stay as they are, also off the sphere.

@@ -17,7 +17,16 @@ from lightning_muon.partition.roles import Group, Role
 _LAYOUT_FIELDS = ("split", "repeats", "transposed", "batch_dims")
 _ALIKE = 0.6
 _VECTOR = re.compile(r"bias|norm|gain|scale|(^|[._])ln", re.IGNORECASE)
-_RESERVED_OPTIONS = ("name", "params", "param_names", "layouts")
+_SET_BY_PARTITION = "it is set by the partition"
+_RESERVED_OPTIONS = {
+    "name": "use the rule's field `name`",
+    "params": _SET_BY_PARTITION,
+    "param_names": _SET_BY_PARTITION,
+    "layouts": "use the rule's fields `split`, `repeats`, `transposed` and `batch_dims`",
+    "optimizer": "options cannot choose the optimizer: set group to 'matrix' or 'other'",
+    "follows": "it is kept by HybridOptimizer: set 'lr'",
+}
+"""What a param group holds besides options, and what to do instead of setting it."""
 
 
 @dataclass
@@ -84,8 +93,7 @@ class ParameterRule:
             raise ValueError(f"batch_dims must be 0 or more, got {self.batch_dims}.")
         for key in self.options:
             if key in _RESERVED_OPTIONS:
-                fix = "use the rule's field `name`" if key == "name" else "it is set by the partition"
-                raise ValueError(f"The option {key!r} cannot be set by a parameter rule: {fix}.")
+                raise ValueError(f"The option {key!r} cannot be set by a parameter rule; {_RESERVED_OPTIONS[key]}.")
 
     def __str__(self) -> str:
         module_type = self.module_type.__name__ if isinstance(self.module_type, type) else self.module_type
@@ -131,15 +139,21 @@ def is_module_type(owner: type[nn.Module], module_type: str | type[nn.Module]) -
     )
 
 
-def near_names(name: str, candidates: Collection[str], limit: int = 5) -> str:
+def near_names(name: str, candidates: Collection[str], limit: int = 5, what: str = "Names") -> str:
     """A sentence that lists the candidates closest to a mistyped name, or some of them where none is close.
+
+    Args:
+        name: as it was written.
+        candidates: what it may have meant.
+        limit: how many are listed at most.
+        what: the candidates are, which begins the sentence where none is close.
 
     Example::
 
         near_names("encoder.wieght", ["encoder.weight", "encoder.bias"])   # "Near names: encoder.weight, encoder.bias."
     """
     # Of names alike the last in the alphabet first, as difflib has it: the latest of numbered ones.
-    return _sentence(_close(name, sorted(candidates, reverse=True)), candidates, limit)
+    return _sentence(_close(name, sorted(candidates, reverse=True)), candidates, limit, what)
 
 
 def unmatched(
@@ -179,13 +193,13 @@ def _kinds(names: Sequence[str]) -> list[str]:
     return list(first.values())
 
 
-def _sentence(close: Sequence[str], names: Collection[str], limit: int = 5) -> str:
+def _sentence(close: Sequence[str], names: Collection[str], limit: int = 5, what: str = "Names") -> str:
     if not names:
         return "There are no names to choose from."
     if close:
         return f"Near names: {', '.join(close[:limit])}."
     first = list(names)[:limit]
-    return f"Names: {', '.join(first)}{', ...' if len(names) > len(first) else '.'}"
+    return f"{what}: {', '.join(first)}{', ...' if len(names) > len(first) else '.'}"
 
 
 def _close(name: str, candidates: Sequence[str]) -> list[str]:

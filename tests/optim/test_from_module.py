@@ -154,6 +154,34 @@ def test_option_out_of_range_is_refused(pattern: str, options: dict[str, float])
         build(Net(), rules=[ParameterRule(pattern=pattern, options=options)])
 
 
+@pytest.mark.parametrize(
+    ("part", "factory", "start"),
+    [
+        ("matrix", partial(Muon, lr=-1), r"matrix_optimizer \(Muon\): lr must"),
+        ("matrix", partial(AdamW, lr=-1.0), r"matrix_optimizer \(AdamW\): Invalid learning rate"),
+        ("other", partial(SGD, lr=-1.0), r"other_optimizer \(SGD\): Invalid learning rate"),
+        ("other", lambda groups: AdamW(groups, lr=-1.0), "other_optimizer: Invalid learning rate"),
+    ],
+)
+def test_the_error_of_an_optimizer_says_which_one_refuses(part: str, factory: Any, start: str) -> None:
+    with pytest.raises(ValueError, match=f"^{start}"):
+        HybridOptimizer.from_module(Net(), **{part: factory})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_warning_is_given_by_the_first_process_only(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    norms = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4))
+    partition = partition_parameters(norms)
+    monkeypatch.setattr(type(partition), "warnings", lambda self: ["a warning of the partition"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        HybridOptimizer.from_module(norms, partition=partition)
+    assert len(caught) == (2 if rank == 0 else 0)
+    assert all(warning.filename == __file__ for warning in caught)
+
+
 def test_factory_that_makes_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="Optimizer"):
         build(Net(), matrix=lambda groups: groups)

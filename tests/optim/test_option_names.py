@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from examples.custom_rule import RMNP
 from lightning_muon import HybridOptimizer, ParameterRule, partition_parameters
 from lightning_muon.optim import REG, Muon, SinkGD
+from lightning_muon.optim.arguments import FOLLOWS_KEY, OPTIMIZER_KEY
 from lightning_muon.optim.matrix import MatrixOptimizer
 from tests.optim.references import REFERENCES
 from tests.optim.rule_cases import rule_class
@@ -114,24 +115,95 @@ def test_a_fixed_scale_stays_fixed(rule: type[MatrixOptimizer]) -> None:
     ("misspelt", "meant"), [("weigth_decay", "weight_decay"), ("lrs", "lr"), ("momentun", "momentum")]
 )
 def test_a_misspelt_option_gets_near_names(misspelt: str, meant: str) -> None:
-    named = rf"'{misspelt}', which .*param group .* sets\. Near names: {meant}"
+    by_group = rf"'{misspelt}', which (the )?param group .* sets\. Near names: {meant}"
+    by_rule = rf"'{misspelt}', which a parameter rule sets for the group '.+'\. Near names: {meant}"
     both = HybridOptimizer.from_module(module(), matrix=Muon, other=partial(SGD, lr=0.1))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=by_group):
         Muon([{"params": [matrix()], misspelt: 0.5}])
     for child in ("matrix", "other"):  # of torch and of ours
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=by_group):
             both.add_param_group({"params": [matrix()], "name": f"{child}/new", misspelt: 0.5})
     for pattern in ("2.weight", "2.bias"):
         rule = ParameterRule(pattern=pattern, options={misspelt: 0.5})
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=by_rule):
             HybridOptimizer.from_module(module(), matrix=Muon, other=partial(SGD, lr=0.1), rules=[rule])
 
 
 def test_an_option_far_from_all_names_gets_the_list() -> None:
     with pytest.raises(
-        ValueError, match=r"'wd', which .* sets\. Names: weight_decay, lr, rms, sweeps, cautious, state"
+        ValueError, match=r"'wd', which .* sets\. Options: weight_decay, lr, rms, sweeps, cautious, state"
     ):
         SinkGD([{"params": [matrix()], "wd": 0.5}])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind", "first"), [("2.weight", "Muon", "weight_decay"), ("2.bias", "AdamW", "lr")]
+)
+def test_an_option_of_a_rule_far_from_all_names_gets_the_list(pattern: str, kind: str, first: str) -> None:
+    rule = ParameterRule(pattern=pattern, options={"zzz": 0.5})
+    with pytest.raises(
+        ValueError, match=rf"^{kind} has no option 'zzz', which a parameter rule sets .* Options: {first}"
+    ):
+        HybridOptimizer.from_module(module(), rules=[rule])
+
+
+def test_an_option_that_a_factory_sets_is_no_rules() -> None:
+    with pytest.raises(ValueError, match=r"Muon has no option 'zzz', which the param group 'matrix' sets"):
+        hybrid(lambda groups: Muon([{**group, "zzz": 1} for group in groups]))
+
+
+def test_an_option_of_a_rule_is_checked_where_a_layer_joins() -> None:
+    """torch keeps what it does not know."""
+    net = module()
+    both = HybridOptimizer.from_module(net)
+    net.append(nn.LayerNorm(2))
+    rule = ParameterRule(pattern="5.*", options={"weigth_decay": 0.5})
+    with pytest.raises(ValueError, match=r"AdamW has no option 'weigth_decay', which a parameter rule sets"):
+        both.adopt(partition_parameters(net, [rule]))
+    assert all("weigth_decay" not in group for group in both.param_groups)
+
+
+@pytest.mark.parametrize("key", [OPTIMIZER_KEY, FOLLOWS_KEY])
+def test_what_the_package_keeps_in_groups_is_no_option(key: str) -> None:
+    """It was overwritten, or kept, in silence."""
+    both = hybrid(Muon)
+    refused = pytest.raises(ValueError, match=rf"group .*sets '{key}' to 'x', but ")
+    with refused:
+        Muon([{"params": [matrix()], key: "x"}])
+    with refused:
+        Muon([matrix()]).add_param_group({"params": [matrix()], key: "x"})
+    for child in both.optimizers:
+        with refused:
+            both.add_param_group({"params": [matrix()], "name": f"{child}/new", key: "x"})
+    with refused:
+        HybridOptimizer({"other": AdamW([{"params": [matrix()], key: "x"}])})
+    with pytest.raises(ValueError, match=rf"The option '{key}' cannot be set by a parameter rule"):
+        ParameterRule(pattern="*", options={key: "x"})
+    assert [group["name"] for group in both.param_groups] == [group["name"] for group in hybrid(Muon).param_groups]
+
+
+def test_a_rule_that_chooses_the_optimizer_by_an_option_is_told_how() -> None:
+    with pytest.raises(ValueError, match="options cannot choose the optimizer: set group to 'matrix' or 'other'"):
+        ParameterRule(pattern="*", options={"optimizer": "AdamW"})
+
+
+def test_groups_of_an_optimizer_of_the_same_class_can_be_given_again() -> None:
+    """With what the package keeps in them."""
+    net = module()
+    both = HybridOptimizer({"matrix": Muon([net[0].weight]), "other": AdamW([net[0].bias])}, partition_parameters(net))
+    both.add_param_group({"params": [net[2].weight, net[2].bias], "lr": 0.5})  # the first follows the second
+    assert any(FOLLOWS_KEY in group for group in both.param_groups)
+    again = HybridOptimizer(
+        {"matrix": both.optimizers["matrix"], "other": AdamW(both.optimizers["other"].param_groups)}
+    )
+    assert {group["name"] for group in again.param_groups} == {group["name"] for group in both.param_groups}
+    copied = {**both.param_groups[0], "params": [matrix()], "param_names": ["new"]}
+    both.add_param_group(copied)
+    assert both.param_groups[-1]["lr"] == copied["lr"]
+    alone = Muon([matrix()])
+    Muon([{**alone.param_groups[0], "name": "matrix", FOLLOWS_KEY: "matrix/2"}])
+    with pytest.raises(ValueError, match=r"sets 'optimizer' to 'lightning_muon\.Muon', but "):
+        REG(alone.param_groups)
 
 
 def test_what_adamw_sets_by_itself_is_no_option_of_a_rule() -> None:

@@ -381,8 +381,7 @@ def test_a_parameter_in_another_group_of_its_child_takes_that_groups_options() -
     other = build(twin)
     other.load_state_dict(reload(optimizer.state_dict()))
     assert names_of(other) == names_of(optimizer)
-    assert other.peak_rates == optimizer.peak_rates
-    assert other.configured_rates == build(Net()).configured_rates
+    assert {g["name"]: g["lr"] for g in other.param_groups} == {g["name"]: g["lr"] for g in optimizer.param_groups}
     assert_linked(other)
     assert train(net, optimizer, 2) == train(twin, other, 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,11 +19,8 @@ from lightning_muon.command_line import (
     short_faults,
     unregistered_name,
 )
-from lightning_muon.command_line.parser import SETTINGS, TRAINER_TITLE
-from lightning_muon.configure import MatrixOptimizerCallable, OtherOptimizerCallable
-from lightning_muon.mixin import MuonMixin
-from lightning_muon.partition import ParameterRule
-from lightning_muon.schedules import Schedule
+from lightning_muon.command_line.parser import TRAINER_TITLE, setting_help
+from lightning_muon.mixin import SETTINGS, MuonMixin
 from lightning_muon.use_muon import UseMuon
 
 
@@ -129,8 +126,9 @@ class MuonCLI(LightningCLI):
         """Adds Lightning's arguments, the optimizer settings for modules without the mixin, and the links."""
         super().add_core_arguments_to_parser(parser)
         group = parser.add_argument_group("Optimizers of a module without MuonMixin")
-        for name, annotation in _SETTINGS.items():
-            group.add_argument(f"--{name}", type=annotation, default=None, help=SETTINGS[name].replace("%s", name))
+        annotations = get_type_hints(UseMuon.__init__)
+        for name in SETTINGS:
+            group.add_argument(f"--{name}", type=annotations[name], default=None, help=setting_help(name))
         if isinstance(parser, MuonArgumentParser):
             parser.add_plain_options()
         groups = parser.groups or {}
@@ -158,11 +156,16 @@ class MuonCLI(LightningCLI):
         self._forget_unused_links()
         given = self._given_settings()
         if isinstance(self.model, MuonMixin) and given:
-            name = next(iter(given))
+            name, kind = next(iter(given)), type(self.model).__name__
+            config = self._get(self.config, "model")
+            arguments = config.init_args if self.subclass_mode_model else config
+            needed = (
+                "" if name in arguments else f" For that, {kind}.__init__ has to hand **kwargs to super().__init__."
+            )
+            key = f"model.init_args.{name}" if self.subclass_mode_model else f"model.{name}"
             raise ValueError(
-                f"--{name} is for modules without MuonMixin, and {type(self.model).__name__} has it: use "
-                f"--model.{name} (model.init_args.{name} in YAML). For that, its __init__ has to hand **kwargs to "
-                "super().__init__."
+                f"--{name} is for modules without MuonMixin, and {kind} has it: use --model.{name} ({key} in YAML)."
+                + needed
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -188,7 +191,7 @@ class MuonCLI(LightningCLI):
         return super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
 
     def _given_settings(self) -> dict[str, Any]:
-        settings = {name: self._get(self.config_init, name) for name in _SETTINGS}
+        settings = {name: self._get(self.config_init, name) for name in SETTINGS}
         return {name: value for name, value in settings.items() if value is not None}
 
     def _forget_unused_links(self) -> None:
@@ -211,13 +214,6 @@ _EPILOG = (
     "One more subcommand, `lightning-muon spectra CHECKPOINT...`, shows spectral norms, ranks and condition numbers of "
     "the matrices in checkpoints; its options: `lightning-muon spectra --help`."
 )
-
-_SETTINGS: dict[str, Any] = {
-    "matrix_optimizer": MatrixOptimizerCallable | None,
-    "other_optimizer": OtherOptimizerCallable | None,
-    "schedule": Schedule | None,
-    "parameter_rules": list[ParameterRule] | None,
-}
 
 
 class _OfCommandLine(UseMuon):

@@ -355,7 +355,7 @@ def test_a_module_with_an_optimizer_of_its_own_is_told_that_it_is_replaced():
 
 
 def test_top_level_settings_for_a_module_with_the_mixin_point_to_its_own():
-    with pytest.raises(ValueError, match=r"Net has it: use --model\.schedule .*model\.init_args\.schedule"):
+    with pytest.raises(ValueError, match=r"Net has it: use --model\.schedule \(model\.schedule in YAML"):
         run("fit", "--schedule=Cosine")
 
 

@@ -86,6 +86,12 @@ OPTIONS = [
     ),
     (BY_PATH, ["fit", "--model=Nett"], "model: No model 'Nett'. Did you mean Net?"),
     (BY_PATH, ["fit", f"--model={HELPERS}.Nett"], f"No model 'Nett' in {HELPERS}. Did you mean {HELPERS}.Net?"),
+    (
+        FIXED,
+        ["fit", "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoin"],
+        "Did you mean lightning.pytorch.callbacks.ModelCheckpoint?",  # not the module model_checkpoint beside it
+    ),
+    (FIXED, ["fit", "--model.matrix_optimizer=torch.optimm.AdamW"], "Did you mean torch.optim?"),
     (BY_PATH, ["fit", "--model=tests.lightning_helper.Net"], f"Did you mean {HELPERS}?"),
     (BY_PATH, ["fit", "--model=testz.lightning_helpers.Net"], "No module 'testz'"),
     (BY_PATH, ["fit", PATHS[0], "--data=Itemz"], "data: No data module 'Itemz'. Did you mean Items?"),
@@ -104,6 +110,8 @@ def test_options_classes_and_values(classes, args, expected, capsys):
 SETTINGS = [
     (["matrix_optimizer=Moun"], "matrix_optimizer: No optimizer 'Moun'. Did you mean Muon?"),
     (["matrix_optimizer=lightning_muon.Moun"], "No optimizer 'Moun' in lightning_muon. Did you mean lightning_muon.Mu"),
+    (["matrix_optimizer=torch.optim.AdamWW"], "No optimizer 'AdamWW' in torch.optim. Did you mean torch.optim.AdamW?"),
+    (["schedule=lightning_muon.schedules.Cosin"], "Did you mean lightning_muon.schedules.Cosine?"),
     (["other_optimizer=AdmW"], "other_optimizer: No optimizer 'AdmW'. Did you mean AdamW?"),
     (["schedule=Cosin"], "schedule: No schedule 'Cosin'. Did you mean Cosine?"),
     (["schedule.warmup=3"], "schedule needs a class before its arguments"),
@@ -217,6 +225,7 @@ def test_modules_of_pytorch_lightning_are_refused_by_name(module, capsys):
     printed = refusal(capsys, BY_PATH, "fit", *(PATHS[:1] if "Data" in module else ()), option)
     assert f"{module} is a " in printed
     assert "import lightning.pytorch as pl" in printed
+    assert "pytorch_lightning's own Trainer and callbacks=[lightning_muon.UseMuon(...)]." in printed
 
 
 def test_classes_of_pytorch_lightning_are_refused_in_python_too():
@@ -276,6 +285,31 @@ def test_what_is_refused_later_ends_without_a_traceback(options, expected, capsy
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert expected in line
     assert "Union" not in line
+
+
+@pytest.mark.parametrize("by_path", [False, True], ids=["class", "class path"])
+@pytest.mark.parametrize(("model", "takes"), [("Net", True), ("TakesNoSettings", False)])
+def test_settings_at_the_top_level_for_a_module_with_the_mixin(model, takes, by_path):
+    """What its __init__ has to do is said only where it does not do it."""
+    classes = BY_PATH if by_path else ({"Net": Net, "TakesNoSettings": TakesNoSettings}[model], Items)
+    paths = (f"--model={HELPERS if takes else __name__}.{model}", PATHS[1]) if by_path else ()
+    with pytest.raises(ValueError, match=r"use --model\.matrix_optimizer ") as error:
+        MuonCLI(
+            *classes,
+            args=["fit", *paths, "--matrix_optimizer=Muon"],
+            save_config_callback=None,
+            trainer_defaults=QUIET,
+        )
+    key = "model.init_args.matrix_optimizer" if by_path else "model.matrix_optimizer"
+    assert f"({key} in YAML)." in str(error.value)
+    assert ("has to hand **kwargs to super().__init__" in str(error.value)) is not takes
+
+
+class TakesNoSettings(Net):
+    """Hands no settings on to the mixin."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width=width)
 
 
 def test_in_python_it_is_raised_without_layers_around_it():

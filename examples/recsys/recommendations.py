@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.recsys.data import PADDING, SequenceDataModule
+from examples.recsys.data.counts import counted
 from examples.recsys.models import Recommender
 from examples.recsys.models.base import Batch, Recommendations
 
@@ -111,8 +112,9 @@ class RecommendationWriter(BasePredictionWriter):
             return
         if short:
             rank_zero_warn(
-                f"{short} of {total} users have fewer than top_k={self.top_k} recommendations: the model scores no "
-                "more items that are not left out. A beam search finds more with more beams."
+                f"{counted(short, f'of {total} users has', f'of {total} users have')} fewer than top_k={self.top_k} "
+                "recommendations: the model scores no more items that are not left out. A beam search finds more with "
+                "more beams."
             )
         console = rich.get_console()
         if self._table.row_count:

@@ -79,10 +79,9 @@ def arguments(path: str) -> list[str]:
 
 
 def members(module: str, kinds: Sequence[type]) -> list[str]:
-    """Classes of these kinds in a module, and its modules."""
+    """Classes of these kinds in a module."""
     found = vars(sys.modules[module]) if module in sys.modules else {}
-    classes = [name for name, value in found.items() if isinstance(value, type) and issubclass(value, tuple(kinds))]
-    return [*classes, *submodules(module)]
+    return [name for name, value in found.items() if isinstance(value, type) and issubclass(value, tuple(kinds))]
 
 
 def submodules(module: str) -> list[str]:
@@ -121,7 +120,7 @@ def other_namespace(cls: type) -> str | None:
                 f"{cls.__name__} is a {name} of the package pytorch_lightning, and this command line has the Trainer "
                 "of the package lightning, which refuses it. Write `import lightning.pytorch as pl` for `import "
                 "pytorch_lightning as pl` in its file. Where the file is not yours, train it with pytorch_lightning's "
-                "own Trainer: MuonMixin and HybridOptimizer work there too."
+                "own Trainer and callbacks=[lightning_muon.UseMuon(...)]."
             )
     return None
 

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_muon.command_line.sentences import PLAIN_OPTIONS, explain
 
-SETTINGS = {
+SETTINGS_HELP = {
     "matrix_optimizer": "Optimizer of the hidden matrices; Muon unless given. Arguments without a class, as in "
     "--%s.lr 3e-3, are Muon's.",
     "other_optimizer": "Optimizer of all other parameters; AdamW unless given. Arguments without a class, as in "
@@ -21,7 +21,7 @@ SETTINGS = {
     "schedule": "Multiplier of all learning rates; constant unless given.",
     "parameter_rules": "Where parameters go and with which options, on top of what is found by itself.",
 }
-"""The four settings and their help; ``%s`` stands for the option."""
+"""Help of :data:`~lightning_muon.mixin.SETTINGS`; ``%s`` stands for the option."""
 
 
 _NO_OPTIMIZER_ARGUMENTS = (
@@ -75,7 +75,7 @@ class MuonArgumentParser(LightningArgumentParser):
         for section in (cfg, *(cfg[name] for name in self._subcommands() if name in cfg)):
             model = section.get("model") or {}
             of_model = model.get("init_args", model) if isinstance(model, (dict, Namespace)) else {}
-            for name in SETTINGS:
+            for name in SETTINGS_HELP:
                 if name in section and section[name] is None and name in (of_model or {}):
                     del section[name]
         dumped: str = super().dump(cfg, *args, **kwargs)
@@ -88,10 +88,8 @@ class MuonArgumentParser(LightningArgumentParser):
             self.usage = f"{self.prog.replace(' [options]', '')} [options]"
         self._action_groups = sorted(groups, key=lambda group: group.title == TRAINER_TITLE)
         for action in self._actions:
-            name = action.dest.rsplit(".", 1)[-1]
-            if name in SETTINGS and action.help is not argparse.SUPPRESS:
-                text = SETTINGS[name]
-                action.help = text % action.dest if "%s" in text else text
+            if _setting(action.dest) in SETTINGS_HELP and action.help is not argparse.SUPPRESS:
+                action.help = setting_help(action.dest)
         try:
             return _plain(super().format_help(*args, **kwargs))
         finally:
@@ -113,10 +111,19 @@ class MuonArgumentParser(LightningArgumentParser):
 TRAINER_TITLE = "Trainer"
 
 
+def setting_help(option: str) -> str:
+    """Help of a setting, by its option without the dashes: ``schedule`` or ``model.schedule``."""
+    return SETTINGS_HELP[_setting(option)].replace("%s", option)
+
+
 def debugging() -> bool:
     """Whether errors are to be shown in full."""
     names = ("LIGHTNING_MUON_FULL_ERRORS", "JSONARGPARSE_DEBUG")
     return any(os.environ.get(name, "").lower() not in ("", "0", "false") for name in names)
+
+
+def _setting(option: str) -> str:
+    return option.rpartition(".")[2]
 
 
 def _plain(text: str) -> str:

@@ -99,7 +99,8 @@ def _no_member(problem: Problem, found: re.Match[str], parser: argparse.Argument
     module, name = found[1], found[2]
     last = any((given or "").endswith(f".{name}") for given in (problem.owner, problem.value))
     what = names.noun(problem.kinds) if last else "module"
-    near = names.did_you_mean(name, names.members(module, problem.kinds), prefix=f"{module}.")
+    known = names.members(module, problem.kinds) if last else names.submodules(module)
+    near = names.did_you_mean(name, known, prefix=f"{module}.")
     return f"{_at(problem)}No {what} {name!r} in {module}.{near}"
 
 

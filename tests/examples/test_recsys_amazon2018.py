@@ -282,7 +282,7 @@ class TestPreparedFiles:
             (HEADER + "0,0,1,train\n0,1,2,dev\n", "line 3: expected whole numbers .* one of train, valid, test"),
             (HEADER + "0,0,1,train\n0,x,2,train\n", "line 3: expected whole numbers for item and timestamp"),
             (HEADER + "0,0,1,train\n0,1\n", "line 3: expected whole numbers for item and timestamp"),
-            (HEADER + GOOD + "2,1,5,train\n", "User 3 has 1 interactions, but a split by time needs 2"),
+            (HEADER + GOOD + "2,1,5,train\n", "User 3 has 1 interaction, but a split by time needs 2"),
             (HEADER + GOOD, "gives 2 users, 2 items and 2 / 1 / 1 targets, but the published Office_Products has"),
         ],
     )

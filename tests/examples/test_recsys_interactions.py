@@ -125,6 +125,13 @@ class TestText:
         [
             ("user,item,time\na,x,1\n", r"has no column timestamp, only user, item, time: name yours by user_column"),
             ("", "has no column user, item, timestamp, only none at all"),
+            (
+                "user, item, timestamp\na, x, 1\n",
+                r"no column item, timestamp, .*: its names ' item', ' timestamp' begin with a space: take the spaces "
+                r"out of the file, or set delimiter=', ' where",
+            ),
+            ("user ,item,timestamp\na ,x,1\n", "its names 'user ' begin or end with spaces: take them out"),
+            (" user:token,item,timestamp\na,x,1\n", "its names ' user:token' begin with a space: "),
             ("user,item,timestamp\n", "log.csv has no interactions$"),
             ("user,item,timestamp\na,x,1\na,,2\n", "line 3 has no item: drop such rows"),
             ("user,item,timestamp\na,x,1\na,x\n", "line 3 has no timestamp: drop such rows"),
@@ -140,7 +147,7 @@ class TestText:
             ),
             (
                 ROWS + "bob,red pen,1\n",
-                r"user 'bob' has 1 interactions, but split='leave_one_out' needs 3 \(1 of 3 users",
+                r"user 'bob' has 1 interaction, but split='leave_one_out' needs 3 \(1 of 3 users has",
             ),
         ],
     )
@@ -148,6 +155,11 @@ class TestText:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             quiet(path)
+
+    def test_the_delimiter_that_is_advised_for_spaces_reads_the_file(self, path):
+        spaced = "user, item, timestamp\nann, x, 1\nann, y, 2\nann, z, 3\n"
+        path.write_text(spaced)
+        assert sequences(quiet(path, delimiter=", ")) == {"ann": ["x", "y", "z"]}
 
     def test_a_core_of_nothing_gets_a_sentence(self, path):
         with pytest.raises(ValueError, match=r"has no interactions in its 4-core\."):
@@ -273,7 +285,7 @@ def test_a_recommender_is_trained_on_a_file_from_the_command_line(tmp_path, monk
             [r"--data.delimiter=\s+"],
             r"delimiter='\\s+' is no text as it stands in the file, and patterns are",
         ),
-        ("u,a,1\n", ["--data.title_file=titles.csv", "--data.split=time"], "log.csv: user 'u' has 1 interactions, but"),
+        ("u,a,1\n", ["--data.title_file=titles.csv", "--data.split=time"], "log.csv: user 'u' has 1 interaction, but"),
     ],
 )
 def test_the_command_line_tells_a_fault_in_a_sentence(tmp_path, monkeypatch, capsys, text, options, sentence):
@@ -323,4 +335,4 @@ def test_rows_that_repeat_are_counted(tmp_path, drop):
 def test_what_a_core_drops_is_counted(tmp_path):
     rows = [(user, item, 1 + step) for user in "ab" for step, item in enumerate("xyz")] + [("c", "x", 1), ("d", "w", 2)]
     path = table(tmp_path / "log.csv", "user,item,timestamp", rows)
-    assert quiet(path, k_core=2).report() == ["k_core=2 dropped 2 of 8 rows, with them 2 users and 1 items."]
+    assert quiet(path, k_core=2).report() == ["k_core=2 dropped 2 of 8 rows, with them 2 users and 1 item."]

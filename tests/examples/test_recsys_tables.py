@@ -120,7 +120,7 @@ class TestQuotes:
         path = write(tmp_path, [HEADER, *rows_of_titles(*quotes)], delimiter)
         data = Interactions(str(path), delimiter=delimiter, title_column="title", quoted=quoted)
         assert data.item_titles() == titles
-        assert data.report() == ["1 rows run over several lines in quotes: quoted=False reads quotes as characters."]
+        assert data.report() == ["1 row runs over several lines in quotes: quoted=False reads quotes as characters."]
 
     def test_lines_that_look_like_rows_are_one_value_if_told_so(self, tmp_path):
         path = write(tmp_path, [HEADER, *rows_of_titles('"two\nu,x,1,lines"', "b", "c")], ",")
@@ -178,7 +178,7 @@ class TestHeader:
             (
                 "1::7::978300760\n",
                 {"columns": ["user", "item", "timestamp"]},
-                r"line 1 has 1 columns, but columns=\['user', 'item', 'timestamp'\] has 3 with delimiter=','",
+                r"line 1 has 1 column, but columns=\['user', 'item', 'timestamp'\] has 3 with delimiter=','",
             ),
             ("user,item,timestamp,item\nu,i,1,j\n", {}, "has 2 columns item: rename all but one"),
         ],
@@ -331,8 +331,8 @@ class TestTitleFile:
         with pytest.warns(UserWarning, match="What was decided in reading"):
             assert data.item_titles() == ["Pen", "Ink", "8"]
         assert data.report() == [
-            "1 of 3 items have no title in titles.csv: they go by what they are called.",
-            "1 items have several titles in titles.csv: the first counts.",
+            "1 of 3 items has no title in titles.csv: what has none goes by what it is called.",
+            "1 item has several titles in titles.csv: the first counts.",
         ]
 
     def test_one_of_other_items_is_refused(self, log, tmp_path):

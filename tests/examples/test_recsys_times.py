@@ -137,12 +137,16 @@ class TestUnit:
             (
                 [0, DAY * 1000, DAY * 1000 + 1],
                 "ms",
-                "1 times are before 1971, the earliest on 1970-01-01",
+                "1 time is before 1971, the earliest on 1970-01-01",
             ),
             (["0001-01-01", "2024-05-31", "2024-06-01"], "s", None),
-            ([19_000, 19_001, 19_002], "s", "The times are from 1970-01-01 to 1970-01-01 in seconds: if they"),
+            (
+                [19_000, 19_001, 19_002],
+                "s",
+                "The times are from 1970-01-01 to 1970-01-01 in seconds: if these are times and",
+            ),
             (["2024-05-31", "2024-05-31T12:00:00+02:00", "2024-06-01"], "s", "2 dates say no time zone, others do"),
-            ([DAY, DAY + 1, 4_000_000_000], "s", "The latest time is 2096-10-02, which is yet to come."),
+            ([DAY, DAY + 1, 4_000_000_000], "s", "The latest time is 2096-10-02, which is in the future."),
         ],
     )
     def test_what_is_odd_is_said(self, tmp_path, times, unit, remark):

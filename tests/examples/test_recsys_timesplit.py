@@ -72,7 +72,7 @@ class TestTimes:
         assert UserSequences.from_lists(items, 1, times).ties() == (3, 9)
         assert UserSequences.from_lists(items[:1], 1, times[:1]).tie_remark() is None
         ranks = [[0, 1, 2], [3, 4, 5], [6, 7, 7], [7, 8, 9, 10, 11]]
-        assert UserSequences.from_lists(items, 1, times, ranks).tie_remark().startswith("1 of 4 users have rows at")
+        assert UserSequences.from_lists(items, 1, times, ranks).tie_remark().startswith("1 of 4 users has rows at")
 
     def test_times_that_fall_within_a_user_get_a_sentence(self):
         with pytest.raises(ValueError, match="User 2 has the time 9 before 8: sort the interactions of each user by"):
@@ -185,7 +185,7 @@ class TestTimeSplit:
             TimeSplit(UserSequences.from_lists(ITEMS, 8))
 
     def test_users_with_one_item_get_a_sentence(self):
-        with pytest.raises(ValueError, match=r"User 2 has 1 interactions, but a split by time needs 2.*\(1 of 2\)"):
+        with pytest.raises(ValueError, match=r"User 2 has 1 interaction, but a split by time needs 2.*\(1 of 2\)"):
             TimeSplit(UserSequences.from_lists([[1, 2, 3], [1]], 3, [[1, 2, 3], [1]]))
 
     def test_too_few_targets_get_a_sentence(self):

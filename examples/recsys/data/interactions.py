@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from examples.recsys.data.counts import counted
 from examples.recsys.data.events import Event, Numbered, k_core, number
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.protocol import EvaluationProtocol, LeaveOneOut, TimeSplit
@@ -214,7 +215,8 @@ class Interactions(SequenceDataModule):
         if not repeats:
             return events
         done = "dropped" if self.drop_duplicates else "kept (drop_duplicates=True keeps the first of each)"
-        report.append(f"{repeats} of {len(events)} rows repeat user, item and time of an earlier one: {done}.")
+        repeat = counted(repeats, f"of {len(events)} rows repeats", f"of {len(events)} rows repeat")
+        report.append(f"{repeat} user, item and time of an earlier one: {done}.")
         return unique if self.drop_duplicates else events
 
     def _core(self, events: list[Event], report: list[str]) -> list[Event]:
@@ -223,9 +225,9 @@ class Interactions(SequenceDataModule):
             raise ValueError(f"{self.path} has no interactions" + (f" in its {self.k_core}-core." * (self.k_core > 1)))
         if len(core) < len(events):
             users, items = (len({row[column] for row in events} - {row[column] for row in core}) for column in (0, 1))
+            gone = f"{counted(users, 'user', 'users')} and {counted(items, 'item', 'items')}"
             report.append(
-                f"k_core={self.k_core} dropped {len(events) - len(core)} of {len(events)} rows, with them {users} "
-                f"users and {items} items."
+                f"k_core={self.k_core} dropped {len(events) - len(core)} of {len(events)} rows, with them {gone}."
             )
         return core
 
@@ -235,9 +237,10 @@ class Interactions(SequenceDataModule):
         short = (lengths < least).nonzero().flatten().tolist()
         if short:
             raise ValueError(
-                f"{self.path}: user {numbered.users[short[0]]!r} has {lengths[short[0]]} interactions, but "
-                f"split={self.split!r} needs {least} ({len(short)} of {len(lengths)} users have fewer): drop such "
-                f"users, or set k_core={least} or more."
+                f"{self.path}: user {numbered.users[short[0]]!r} has "
+                f"{counted(int(lengths[short[0]]), 'interaction', 'interactions')}, but split={self.split!r} needs "
+                f"{least} ({counted(len(short), f'of {len(lengths)} users has', f'of {len(lengths)} users have')} "
+                f"fewer): drop such users, or set k_core={least} or more."
             )
 
 
@@ -289,11 +292,12 @@ class _Titles(dict[str, str]):
     def remark(self, items: set[str], path: Path, report: list[str]) -> None:
         """What was decided about the titles of items."""
         if untitled := len(items - self.keys()):
-            report.append(
-                f"{untitled} of {len(items)} items have no title in {path.name}: they go by what they are called."
-            )
+            lack = counted(untitled, f"of {len(items)} items has", f"of {len(items)} items have")
+            report.append(f"{lack} no title in {path.name}: what has none goes by what it is called.")
         if ambiguous := len(self._ambiguous & items):
-            report.append(f"{ambiguous} items have several titles in {path.name}: the first counts.")
+            report.append(
+                f"{counted(ambiguous, 'item has', 'items have')} several titles in {path.name}: the first counts."
+            )
 
 
 def _remark_unsorted(events: list[Event], report: list[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from examples.recsys.data.counts import counted
 from examples.recsys.data.sequences import PADDING, UserSequences
 
 Samples: TypeAlias = Literal["sequence", "prefix"]
@@ -248,8 +249,8 @@ def _check_lengths(sequences: UserSequences, least: int, needs: str) -> None:
     if len(short):
         user = int(short[0])
         raise ValueError(
-            f"User {user + 1} has {len(sequences[user])} interactions, but {needs}. Drop such users "
-            f"({len(short)} of {len(sequences)})."
+            f"User {user + 1} has {counted(len(sequences[user]), 'interaction', 'interactions')}, but {needs}. Drop "
+            f"such users ({len(short)} of {len(sequences)})."
         )
 
 

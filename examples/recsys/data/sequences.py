@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from examples.recsys.data.counts import counted
 from examples.recsys.data.lines import read_lines
 
 PADDING = 0
@@ -83,9 +84,10 @@ class UserSequences:
         users, interactions = self.ties()
         if not users:
             return None
+        have = counted(users, f"of {len(self)} users has", f"of {len(self)} users have")
         return (
-            f"{users} of {len(self)} users have rows at exactly the same time ({interactions} rows): these keep the "
-            "order of the file, and which item is held out depends on it."
+            f"{have} rows at exactly the same time ({interactions} rows): these keep the order of the file, and which "
+            "item is held out depends on it."
         )
 
     @classmethod

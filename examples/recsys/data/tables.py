@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.recsys.data.counts import counted
 from examples.recsys.data.lines import read_lines
 
 
@@ -87,12 +88,13 @@ class Table:
         remarks = []
         if counts["wrapped"]:
             remarks.append(
-                f"{counts['wrapped']} values begin and end with a quote, which was kept: quoted=True reads quotes as "
-                "those of CSV."
+                f"{counted(counts['wrapped'], 'value begins and ends', 'values begin and end')} with a quote, which "
+                "was kept: quoted=True reads quotes as those of CSV."
             )
         if counts["long"]:
             remarks.append(
-                f"{counts['long']} rows run over several lines in quotes: quoted=False reads quotes as characters."
+                f"{counted(counts['long'], 'row runs', 'rows run')} over several lines in quotes: quoted=False reads "
+                "quotes as characters."
             )
         return remarks
 
@@ -108,8 +110,8 @@ class Table:
                 raise ValueError(self._too_wide(where, row, len(names)))
             if self.format.columns is not None and len(row) < len(names):
                 raise ValueError(
-                    f"{self.path}, {where} has {len(row)} columns, but columns={list(names)} has {len(names)} with "
-                    f"delimiter={self.format.delimiter!r}: {row[0][:60]!r}."
+                    f"{self.path}, {where} has {counted(len(row), 'column', 'columns')}, but columns={list(names)} "
+                    f"has {len(names)} with delimiter={self.format.delimiter!r}: {row[0][:60]!r}."
                 )
             values = [row[position] if position < len(row) else None for position in positions]
             if not self.format.reads_quotes:
@@ -161,11 +163,11 @@ class Table:
         if missing:
             raise ValueError(
                 f"{self.path} has no column {', '.join(missing)}, only {', '.join(found)[:200] or 'none at all'}: "
-                f"{self._remedy(found)}."
+                f"{self._remedy(found, missing)}."
             )
         return positions
 
-    def _remedy(self, found: list[str]) -> str:
+    def _remedy(self, found: list[str], missing: list[str]) -> str:
         """What to do about columns that are missing."""
         if self.format.columns is not None:
             return f"columns names those of the file, of which {_listed(self.columns)} must be some"
@@ -173,11 +175,23 @@ class Table:
             other = next((mark for mark in ("\t", "::", ";", "|", ",") if mark in found[0]), None)
             if other is not None and other != self.format.delimiter:
                 return f"its columns look separated by {other!r}: set delimiter={other!r}"
+        if spaced := [name for name in found if name != name.strip() and _TYPE.sub("", name.strip()) in missing]:
+            return self._without_spaces(spaced)
         if any(name.startswith('"') for name in found):
             return "its names are in quotes: set quoted=True"
         if any(re.fullmatch(r"[\d.]+|", name) for name in found):
             return "where the first line is a row, give the names of all columns as columns=[...]"
         return f"name yours by {_listed(self.columns)}"
+
+    def _without_spaces(self, names: list[str]) -> str:
+        """What to do about names that would be right but for the spaces around them."""
+        if self.path.suffix != ".parquet" and all(name == f" {name.strip()}" for name in names):
+            return (
+                f"its names {', '.join(map(repr, names))} begin with a space: take the spaces out of the file, or set "
+                f"delimiter={self.format.delimiter + ' '!r} where one follows each delimiter in all lines and nothing "
+                "is in quotes"
+            )
+        return f"its names {', '.join(map(repr, names))} begin or end with spaces: take them out of the file"
 
     def _too_wide(self, where: str, row: list[str], width: int) -> str:
         remedy = (

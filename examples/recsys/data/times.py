@@ -7,6 +7,8 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Context, Decimal, InvalidOperation
 from typing import Any, Literal, TypeAlias, get_args
 
+from examples.recsys.data.counts import counted
+
 Time: TypeAlias = int | Decimal
 """Unix seconds, exactly."""
 
@@ -106,18 +108,19 @@ class Clock:
         remarks = []
         if _is_usual(high) and self._unset:
             remarks.append(
-                f"{self._unset} times are before 1971, the earliest on {_day(low)}: if these stand for missing times, "
-                "drop such rows."
+                f"{counted(self._unset, 'time is', 'times are')} before 1971, the earliest on {_day(low)}: if these "
+                "stand for missing times, drop such rows."
             )
         if high < ERA[0] and high > rows:
             remarks.append(
-                f"The times are from {_day(low)} to {_day(high)} in {NAMES[self.unit]}: if they are more than an "
-                "order, set time_unit to what they count."
+                f"The times are from {_day(low)} to {_day(high)} in {NAMES[self.unit]}: if these are times and "
+                "not just an order, set time_unit to their unit."
             )
         if high > datetime.now(UTC).timestamp() + 86_400:
-            remarks.append(f"The latest time is {_day(high)}, which is yet to come.")
+            remarks.append(f"The latest time is {_day(high)}, which is in the future.")
         if all(self._zones.values()):
-            remarks.append(f"{self._zones[False]} dates say no time zone, others do: those are read as UTC.")
+            unzoned = counted(self._zones[False], "date says", "dates say")
+            remarks.append(f"{unzoned} no time zone, others do: those without are read as UTC.")
         return remarks
 
     def _note_number(self, number: Time, where: str) -> None:

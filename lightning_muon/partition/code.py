@@ -15,7 +15,7 @@ import inspect
 import linecache
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import NamedTuple, TypeGuard
 
 from torch import nn
@@ -107,9 +107,16 @@ def _live_methods(owner: type) -> Iterator[tuple[type, frozenset[str]]]:
             yield base, live
 
 
-def _calls_of_bases(method: object) -> Iterator[tuple[str, str]]:
+def _calls_of_bases(method: object) -> frozenset[tuple[str, str]]:
     """``("super", name)`` for ``super().name`` in a method, and ``("Base", name)`` for ``Base.name``."""
-    codes = [inspect.unwrap(method).__code__] if inspect.isfunction(method) else []
+    return _calls_in(inspect.unwrap(method).__code__) if inspect.isfunction(method) else frozenset()
+
+
+@functools.lru_cache(maxsize=16384)
+def _calls_in(function: CodeType) -> frozenset[tuple[str, str]]:
+    """Kept for each function: those of ``nn.Module``, more than a hundred, are asked about for every layer."""
+    calls: set[tuple[str, str]] = set()
+    codes = [function]
     while codes:
         code = codes.pop()
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
@@ -119,10 +126,11 @@ def _calls_of_bases(method: object) -> Iterator[tuple[str, str]]:
                 loaded = loaded if loaded == "super" else str(line.argval)  # also in super(Owner, self)
             elif line.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_")):
                 if loaded:
-                    yield loaded, str(line.argval)
+                    calls.add((loaded, str(line.argval)))
                 loaded = str(line.argval)  # module.Base.name
             elif line.opname.startswith("LOAD_FAST") and loaded != "super":
                 loaded = ""
+    return frozenset(calls)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
-from lightning_muon.partition.rules import near_names
+from lightning_muon.partition.names import near_names
 from tests.partition.modules import Block, Parts
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data import SequenceDataModule
 from examples.recsys.data.download import cache_folder
-from examples.recsys.models.layers import check_positive
 from examples.recsys.semantic_ids.features import ItemFeatures
 
 

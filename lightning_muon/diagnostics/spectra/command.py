@@ -14,13 +14,13 @@ from rich import get_console
 from rich.markup import escape
 from torch import Tensor
 
-from lightning_muon.callbacks.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
-from lightning_muon.callbacks.history import History
-from lightning_muon.callbacks.matrices import select
-from lightning_muon.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
-from lightning_muon.spectra.histories import select_histories
-from lightning_muon.spectra.measure import QUANTITIES, Measured, measure, read_matrices
-from lightning_muon.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
+from lightning_muon.diagnostics.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
+from lightning_muon.diagnostics.history import History
+from lightning_muon.diagnostics.matrices import select
+from lightning_muon.diagnostics.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
+from lightning_muon.diagnostics.spectra.histories import select_histories
+from lightning_muon.diagnostics.spectra.measure import QUANTITIES, Measured, measure, read_matrices
+from lightning_muon.diagnostics.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

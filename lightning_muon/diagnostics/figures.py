@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_muon.callbacks.history import History
+from lightning_muon.diagnostics.history import History
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

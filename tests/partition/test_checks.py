@@ -58,19 +58,19 @@ def test_fsdp1_by_its_type():
             self._fsdp_wrapped_module = inner
 
     with pytest.raises(ValueError, match=r"FSDP1.*'encoder'.*strategy='ddp'"):
-        partition_parameters(nn.ModuleDict({"encoder": FullyShardedDataParallel(Net())}))
+        partition_parameters(nn.ModuleDict({"encoder": FullyShardedDataParallel(nn.Linear(16, 4))}))
 
 
 def test_fsdp1_flat_parameter():
-    net = Net()
-    net.out.weight._is_flat_param = True
+    net = nn.ModuleDict({"out": nn.Linear(16, 4)})
+    net["out"].weight._is_flat_param = True
     with pytest.raises(ValueError, match=r"'out.weight' is a flat shard.*strategy='ddp'"):
         partition_parameters(net)
 
 
 def test_zero_3():
-    net = Net()
-    net.out.weight.ds_id = 3
+    net = nn.ModuleDict({"out": nn.Linear(16, 4)})
+    net["out"].weight.ds_id = 3
     with pytest.raises(ValueError, match=r"ZeRO-3.*'out.weight'.*strategy='ddp'"):
         partition_parameters(net)
 

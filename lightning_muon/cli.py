@@ -20,7 +20,8 @@ from lightning_muon.command_line import (
 )
 from lightning_muon.command_line.parser import TRAINER_TITLE, setting_help
 from lightning_muon.diagnostics import spectra
-from lightning_muon.mixin import SETTINGS, MuonMixin
+from lightning_muon.mixin import MuonMixin
+from lightning_muon.settings import SETTINGS
 from lightning_muon.use_muon import UseMuon
 
 

@@ -21,7 +21,7 @@ from lightning_muon.callbacks.output import show_run
 from lightning_muon.callbacks.running import known_to_optimizers
 from lightning_muon.diagnostics import figures
 from lightning_muon.diagnostics.history import History
-from lightning_muon.diagnostics.matrices import WatchedParameter, find_matrices, select
+from lightning_muon.diagnostics.matrices import WatchedParameter, evenly_chosen, find_matrices, select
 from lightning_muon.diagnostics.probe import Depth, Kind, MatrixProbe, Measurement, Plan
 from lightning_muon.diagnostics.quantity import Quantity, mean, worst
 from lightning_muon.diagnostics.report import Movement, monitor_table
@@ -301,8 +301,7 @@ class SpectralMonitor(Callback):
                 depths[quantity.kind] = max(quantity.depth, depths.get(quantity.kind, Depth.NORM))
         matrices = self.watched_matrices()
         small = [name for name, shape in matrices.items() if min(shape) <= self.max_spectrum_size]
-        count = min(len(small), self.max_spectra)
-        decomposed = {small[index * len(small) // count] for index in range(count)}
+        decomposed = set(evenly_chosen(small, self.max_spectra))
         return {
             (kind, name): min(depth, Depth.SPECTRUM if name in decomposed else Depth.GRAM)
             for kind, depth in depths.items()

@@ -121,6 +121,14 @@ def select(
     return [parameter for parameter in chosen if not parameter.matches(exclude or ())]
 
 
+def evenly_chosen(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of the names at even distances, the first and the last among them, or all where they are fewer."""
+    if len(names) <= count:
+        return list(names)
+    distance = (len(names) - 1) / max(count - 1, 1)
+    return [names[round(index * distance)] for index in range(count)]
+
+
 def _partition(module: nn.Module, rules: Sequence[ParameterRule]) -> Iterable[ParameterAssignment]:
     own = getattr(module, "parameter_rules", None) or ()
     # What matrix optimizers do not take is no reason not to look at the rest.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -66,6 +66,13 @@ def names_sentence(close: Sequence[str], names: Collection[str], limit: int = 5,
         return f"Near names: {', '.join(close[:limit])}."
     first = list(names)[:limit]
     return f"{what}: {', '.join(first)}{', ...' if len(names) > len(first) else '.'}"
+
+
+def some_names(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
 
 
 def close_names(name: str, candidates: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Literal, TypeAlias
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_muon.callbacks import figures
-from lightning_muon.callbacks.probe import Depth, Kind, Measurement
-from lightning_muon.callbacks.quantity import Quantity
 from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.diagnostics import figures
+from lightning_muon.diagnostics.probe import Depth, Kind, Measurement
+from lightning_muon.diagnostics.quantity import Quantity
 from lightning_muon.linalg import Spectra
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_muon.callbacks.probe import Depth
-from lightning_muon.callbacks.quantity import Quantity
 from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.diagnostics.probe import Depth
+from lightning_muon.diagnostics.quantity import Quantity
 from lightning_muon.linalg import Spectra
 from lightning_muon.partition import ParameterRule
 

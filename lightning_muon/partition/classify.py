@@ -16,10 +16,12 @@ from lightning_muon.partition.code import applied_maps
 from lightning_muon.partition.fused import Blocks, expert_blocks, fused_blocks, raw_blocks
 from lightning_muon.partition.heads import find_heads
 from lightning_muon.partition.inputs import find_input_stems
+from lightning_muon.partition.layout import MatrixLayout
 from lightning_muon.partition.linear import StoredMap, linear_shape, stored_map
 from lightning_muon.partition.names import class_name
 from lightning_muon.partition.overrides import Candidate, Verdict, assign, collect_changes
-from lightning_muon.partition.roles import MatrixLayout, Partition, Role
+from lightning_muon.partition.partition import Partition
+from lightning_muon.partition.roles import Role
 from lightning_muon.partition.rules import ParameterRule
 from lightning_muon.partition.sites import Site, walk
 

@@ -1,4 +1,4 @@
-"""What the singular values of matrices say: norms, ranks, distance from orthogonality."""
+"""Statistics of the singular values of matrices: norms, ranks, distance from orthogonality."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_muon.linalg.newton_schulz import exact_products
 from lightning_muon.linalg.scale import check_matrices, largest_magnitude
 
 _MIX = 0.1
-"""How much of the fixed start joins a warm vector; what that costs in precision, the iterations undo."""
+"""Share of the fixed start that is added to a warm vector; the iterations undo the loss of precision."""
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """What one pass found out about matrices X (..., m, n) with r = min(m, n) singular values s_1 >= ... >= s_r.
+    """Results of one pass over matrices X (..., m, n) with r = min(m, n) singular values s_1 >= ... >= s_r.
 
     Args:
         size: r.
@@ -76,7 +76,7 @@ class Spectra:
 
 
 def exact_spectra(matrices: Tensor) -> Spectra:
-    """Everything, from the singular values.
+    """Compute all statistics from the singular values.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
@@ -85,7 +85,7 @@ def exact_spectra(matrices: Tensor) -> Spectra:
         Spectra of batch shape (...), NaN for matrices that hold NaN or infinity.
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
     """
     check_matrices("exact_spectra", matrices)
     values = singular_values(matrices)
@@ -101,7 +101,7 @@ def exact_spectra(matrices: Tensor) -> Spectra:
 def estimate_spectra(
     matrices: Tensor, vectors: Tensor | None = None, *, iterations: int = 16, gram: bool = True
 ) -> tuple[Spectra, Tensor]:
-    """What is cheap: no singular values, and the spectral norm by power iteration.
+    """Compute the cheap statistics: no singular values, and the spectral norm by power iteration.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
@@ -113,7 +113,7 @@ def estimate_spectra(
         Spectra of batch shape (...), and the vectors for the next call.
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
         ValueError: for vectors of another shape, or less than one iteration.
     """
     check_matrices("estimate_spectra", matrices)
@@ -137,7 +137,7 @@ def singular_values(matrices: Tensor) -> Tensor:
     """All singular values, descending: (..., m, n) -> (..., min(m, n)).
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
     """
     check_matrices("singular_values", matrices)
     scaled = _Scaled(matrices)
@@ -161,7 +161,7 @@ def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations:
         Norms (...) and vectors (..., r): right singular vectors of tall matrices, left ones of wide ones.
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
         ValueError: for vectors of another shape, or less than one iteration.
     """
     check_matrices("power_iteration", matrices)

@@ -14,7 +14,7 @@ from torch import Tensor
 class MatrixView(NamedTuple):
     """A strided view of a parameter-shaped tensor whose dimensions are (batch..., rows..., columns...).
 
-    Rows are fan-out, columns fan-in. ``shape`` is what the view holds once each of the three kinds is flattened.
+    Rows are fan-out, columns fan-in. ``shape`` is the shape with each of the three kinds of dimensions flattened.
     """
 
     tensor: Tensor

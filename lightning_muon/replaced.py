@@ -203,7 +203,7 @@ def _check_coverage(
 
 
 def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replacement) -> str:
-    """What is not used, what is used in its place, and what to write instead."""
+    """Return the warning: what is not used, what is used in its place, and what to write instead."""
     by = replacement.by
     no_effect = f" It reads {', '.join(own.reads)}, which no longer change the optimizer." if own.reads else ""
     shown = ", ".join(own.left_out[:4]) + (f" and {len(own.left_out) - 4} more" if len(own.left_out) > 4 else "")

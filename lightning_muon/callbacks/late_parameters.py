@@ -26,7 +26,7 @@ class LateParameters(Callback):
 
     Unfrozen layers join the optimizer without this callback (:class:`lightning_muon.HybridOptimizer`). New layers, e.g.
     an adapter that a hook adds, join here before the next batch; the partition of the changed module gives their roles.
-    A warning names each parameter once that gets a gradient but is in no optimizer.
+    A warning names each parameter that gets a gradient but is in no optimizer, once.
 
     ``DistributedDataParallel`` averages only gradients of parameters that were trainable when it was built. Gradients
     of parameters that join later are averaged here, before the step.

@@ -23,7 +23,7 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
         \text{update\_orthogonality\_error} = \tfrac{1}{\sqrt r} \left\| U U^\top / q^2 - I \right\|_F
         = \sqrt{\tfrac{1}{r} \sum_i (\sigma_i^2 / q^2 - 1)^2} \in [0, \sqrt{r - 1}]
 
-    on the smaller side. It does not depend on learning rate and shape scale. 0 means orthogonal, :math:`\sqrt{r - 1}`
+    on the smaller side. It does not depend on learning rate or shape scale. 0 means orthogonal, :math:`\sqrt{r - 1}`
     rank one. On SASRec five Newton-Schulz steps of Muon left 0.3 to 0.5, and AdamW 1.5 to 7. A rising error of Muon
     means that the momentum has low rank: the iteration no longer lifts its smallest singular values.
 

@@ -148,9 +148,9 @@ def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations:
     """The spectral norm from below, by power iteration with X^T X that keeps the best of all iterates (Lanczos).
 
     Sixteen iterations came within 0.3 % on Gaussian matrices and updates of Muon, whose singular values lie close
-    together. Without ``vectors`` it begins with a fixed vector, which takes no random numbers. With them it goes on
-    from where an earlier call ended, on matrices that may have changed a little; a tenth of the fixed vector is mixed
-    in, so that a direction that has overtaken the leading one is found. Four iterations a call will then do.
+    together. Without ``vectors`` it begins with a fixed vector, which takes no random numbers. With ``vectors`` it
+    goes on from an earlier call, on matrices that may have changed a little. A tenth of the fixed vector is added, so
+    that a new leading direction is found. Four iterations per call are then enough.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
@@ -243,7 +243,7 @@ class _Scaled:
 
     @property
     def tall(self) -> Tensor:
-        """(B, m, n) or its transpose, with the r columns that Gram matrices and power iteration are about."""
+        """(B, m, n) or its transpose, with r columns, for Gram matrices and power iteration."""
         m, n = self.matrices.shape[-2:]
         return self.matrices if m >= n else self.matrices.mT
 
@@ -315,17 +315,17 @@ def _decompose(tall: Tensor) -> Tensor:
         if tall.dtype == torch.float64 or tall.device.type == "mps":  # which has no float64
             values: Tensor = torch.linalg.svdvals(tall)
             return values
-        # Right to about 1e-8 of the largest, a decomposition in float32 to about 1e-7, and that takes longer.
+        # Accurate to about 1e-8 of the largest; a decomposition in float32 is to about 1e-7, and takes longer.
         wide = tall.double()
         with _float_products(wide):
             squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # rare, and no reason to end a run
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # rare, and must not end a run
         return tall.new_full(tall[:, 0].shape, torch.nan)
     return squares.clamp_(min=0).sqrt_().flip(-1).to(tall.dtype)
 
 
 @contextmanager
 def _float_products(matrices: Tensor) -> Iterator[None]:
-    """Multiply in the dtype of the matrices meanwhile, whatever the user allows and under autocast too."""
+    """Multiply in the dtype of the matrices meanwhile, whatever the user's settings, and also under autocast."""
     with exact_products(), torch.autocast(matrices.device.type, enabled=False):
         yield

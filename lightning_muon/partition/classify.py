@@ -42,16 +42,16 @@ def partition_parameters(module: nn.Module, rules: Sequence[ParameterRule] = ())
 
     Hidden matrices go to the group ``"matrix"``; embeddings, output heads, input stems, routers, vectors and everything
     unknown go to ``"other"``. A shared parameter has one entry, as an embedding if any of its owners is one. Frozen
-    parameters are listed too. The first Linear of an MLP and both factors of a LoRA adapter are hidden matrices; how
-    heads and stems are found is described in :mod:`~lightning_muon.partition.heads` and
-    :mod:`~lightning_muon.partition.inputs`. Rules override any of it.
+    parameters are listed too. The first Linear of an MLP and both factors of a LoRA adapter are hidden matrices. Rules
+    override these decisions. :mod:`~lightning_muon.partition.heads` and :mod:`~lightning_muon.partition.inputs`
+    describe how heads and stems are found.
 
     Args:
-        module: the model; wrappers (``torch.compile``, DDP, Fabric, activation checkpointing) are looked through.
+        module: the model; wrappers (``torch.compile``, DDP, Fabric, activation checkpointing) are skipped.
         rules: overrides, in order; see :class:`~lightning_muon.ParameterRule`.
 
     Raises:
-        TypeError: if ``module`` is no module or a rule no :class:`ParameterRule`.
+        TypeError: if ``module`` is not a module, or a rule is not a :class:`ParameterRule`.
         ValueError: if a rule matches nothing, sends a vector to ``"matrix"`` or sets a layout that does not fit; if an
             embedding is sparse or a parameter complex, and no rule sends it to ``"other"``; if a parameter is lazy and
             has no shape yet; if FSDP1 or ZeRO-3 holds the parameters as flat shards.

@@ -84,7 +84,7 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
 
     Args:
         site: the layer's weight. What its parent calls the layer, e.g. ``"qkv"``, and the class, attributes and config
-            of the parent give the sizes; the last layer of an ``nn.Sequential`` goes by the name of the whole.
+            of the parent give the sizes; the last layer of an ``nn.Sequential`` has the name of the whole.
         fan_out: rows of the weight.
         fan_in: columns of the weight.
     """
@@ -294,10 +294,10 @@ def _widths_taken(parent: nn.Module) -> set[int]:
 
 
 def _names_and_parents(site: Site) -> Iterator[tuple[str, nn.Module]]:
-    """The layer's name and parent, and those of what wraps the layer alone.
+    """The layer's name and parent, and those of modules that wrap only this layer.
 
     ``to_qkv`` may be an ``nn.Sequential`` that ends in the layer, ``qkv`` a module that holds the layer and its norm,
-    ``kqv_lin`` one that holds a like layer for each type of node.
+    ``kqv_lin`` one that holds a layer for each type of node.
     """
     name, parent = site.owner_name, site.parent
     if parent is None:

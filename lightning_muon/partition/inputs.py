@@ -20,10 +20,10 @@ def find_input_stems(sites: Sequence[Site]) -> dict[int, str]:
     """Find the input stems of a module.
 
     A convolution is a stem if it is the first layer of the model. It is also one if no layer before it outputs its
-    number of input channels, and that number is 1, 3 or 4 (samples, pixels) or a config around it names it as the
-    channels of the input. A convolution over one channel beside an embedding is not a stem: convolutional recommenders
-    treat embedded items as an image. A Linear is a stem only as the first layer of a patch embedding; the first Linear
-    of an MLP stays a hidden matrix.
+    number of input channels, and that number is 1, 3 or 4 (samples, pixels) or the channel count in a config around
+    it. A convolution over one channel beside an embedding is not a stem: convolutional recommenders treat embedded
+    items as an image. A Linear is a stem only as the first layer of a patch embedding; the first Linear of an MLP stays
+    a hidden matrix.
 
     Returns:
         A sentence for each stem, by ``id`` of its weight.

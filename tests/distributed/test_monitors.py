@@ -89,7 +89,6 @@ def train(
     rank: int, folder: Path, module: pl.LightningModule, callbacks: list[pl.Callback], **kwargs: Any
 ) -> dict[str, Any]:
     """Fit one rank of two."""
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     rich.reconfigure(file=io.StringIO(), width=140)
     seen, recorder = Weights(), Recorder(folder)
     settings = {**QUIET, "logger": recorder, "log_every_n_steps": 1, "devices": 2, "default_root_dir": folder, **kwargs}

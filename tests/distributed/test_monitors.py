@@ -167,7 +167,7 @@ def sharded_and_resumed(rank: int, folder: str) -> dict[str, Any]:
     saving = ModelCheckpoint(place, "{epoch}", save_top_k=-1, enable_version_counter=False)
     settings = {"max_epochs": 2, "enable_checkpointing": True}
     straight = train(
-        rank, place, Sharded(idle=False), [*monitors(**SHOWN), saving],
+        rank, place, Sharded(idle=False), [*monitors(**SETTINGS), saving],
         strategy=model_parallel(save_distributed_checkpoint=False), **settings,
     )  # fmt: skip
     resumed = train(

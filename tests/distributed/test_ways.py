@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import pytest
 
 from lightning_muon.schedules import Linear
+from tests.callbacks.test_late_parameters import Freeze
 from tests.distributed import processes
 from tests.lightning_helpers import Items
-from tests.test_late_parameters import Freeze
 from tests.ways import WAYS, train
 
 pytestmark = pytest.mark.distributed

@@ -11,6 +11,7 @@ from lightning_muon.optim.muon import Muon
 from lightning_muon.optim.muown import Muown
 from lightning_muon.optim.namo import NAMO, NAMOD
 from lightning_muon.optim.normuon import NorMuon
+from lightning_muon.optim.observing import StackUpdate
 from lightning_muon.optim.polargrad import PolarGrad
 from lightning_muon.optim.reg import REG
 from lightning_muon.optim.specmuon import SpecMuon
@@ -38,5 +39,6 @@ __all__ = [
     "SinkGD",
     "SpecMuon",
     "SpectralSphere",
+    "StackUpdate",
     "WeightAwareOptimizer",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
@@ -21,9 +21,10 @@ from lightning_muon.optim.building import (
     warn_of_partition,
 )
 from lightning_muon.optim.checkpoint import check_class, match_groups, state_of
-from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
+from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.membership import Links, _ParameterHolder
 from lightning_muon.optim.muon import Muon
+from lightning_muon.optim.observing import UpdateObserver
 from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.routing import Routing
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
@@ -178,17 +179,18 @@ class HybridOptimizer(_ParameterHolder):
             child.eval()  # type: ignore[attr-defined]
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
-        """Call ``observer(name, update)`` at each step, for each parameter of each :class:`MatrixOptimizer` that moves.
+        """Call ``observer(update)`` at each step for each stack of matrices that moves, before it does.
 
-        See :meth:`MatrixOptimizer.observe_updates`. Parameters that join later are observed too.
+        The same as :meth:`MatrixOptimizer.observe_updates` of every child that is one; what other children do is not
+        observed. Parameters that join later are.
 
         Returns:
-            A handle whose ``remove()`` ends the observation.
+            A handle whose ``remove()`` ends it, in all children.
         """
-        observers = [child._observers for child in self.optimizers.values() if isinstance(child, MatrixOptimizer)]
-        handle = RemovableHandle(self._links.observers, extra_dict=observers)
-        for registered in (self._links.observers, *observers):
-            registered[handle.id] = observer
+        observed = [child._observers for child in self.optimizers.values() if isinstance(child, MatrixOptimizer)]
+        handle = RemovableHandle(OrderedDict(), extra_dict=observed)
+        for observers in observed:
+            observers[handle.id] = observer
         return handle
 
     def state_dict(self) -> dict[str, Any]:

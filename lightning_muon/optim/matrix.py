@@ -35,13 +35,13 @@ from lightning_muon.optim.checkpoint import (
     restore_exactly,
 )
 from lightning_muon.optim.gradients import check_dense, nonfinite_parameters
+from lightning_muon.optim.observing import StackUpdate, UpdateObserver
 from lightning_muon.optim.rollback import unchanged_on_error
-from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
+from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks, consecutive
 from lightning_muon.partition import MatrixLayout
 
 LRScale: TypeAlias = Literal["match_rms_adamw", "original", "spectral", "none"]
 NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]
-UpdateObserver: TypeAlias = Callable[[str, Tensor], None]
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
@@ -207,23 +207,23 @@ class MatrixOptimizer(Optimizer):
         check_dense(self.param_groups)
         nonfinite = nonfinite_parameters(self.param_groups)
         self.loss = loss
-        updates: dict[Tensor, dict[int, Tensor]] = {}
         try:
             for group, stacks in zip(self.param_groups, self._stacks, strict=True):
                 for stack in stacks:
-                    self._step_stack(stack, group, nonfinite, updates)
+                    self._step_stack(stack, group, nonfinite)
         finally:
             self.loss = None
         return loss
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
-        """Call ``observer(name, update)`` at each step, for each parameter that moves.
+        """Call ``observer(update)`` at each step for each stack that moves, before it does.
 
-        The update is scale times direction in the parameter's shape: what the step subtracts, before learning rate and
-        weight decay. It is the observer's to keep.
+        The :class:`StackUpdate` has ``members``, ``direction`` (B, m, n) and ``scale`` as the step has them. The
+        direction is lent: read it, clone what is to be kept, and do not write to it. A step calls an observer several
+        times: once for each shape, dtype and device of a param group, more often for many or large matrices.
 
         Returns:
-            A handle whose ``remove()`` ends it. Without observers nothing is computed for them.
+            A handle whose ``remove()`` ends it. Without observers nothing is computed or copied for them.
         """
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
@@ -301,10 +301,11 @@ class MatrixOptimizer(Optimizer):
         self, loaded: dict[Tensor, set[str]], stacks: Sequence[MatrixStack], saved: Sequence[dict[str, Any]] = ()
     ) -> None:
         """Raise ``ValueError`` where a loaded state has other entries than this rule keeps."""
-        members = [member for stack in stacks for member in stack.members]
         kept: dict[Tensor, set[str]] = {}
-        for member in members:
-            kept.setdefault(member.parameter, set()).update(map(member.state_key, member.bound))
+        for stack in stacks:
+            for member in stack.members:
+                kept.setdefault(member.parameter, set()).update(map(member.state_key, stack.state))
+        members = [member for stack in stacks for member in stack.members]
         for member in members:
             found = loaded.get(member.parameter)
             if found is not None and found != kept[member.parameter]:
@@ -366,30 +367,19 @@ class MatrixOptimizer(Optimizer):
         names, layouts = [name_of[p] for p in parameters], [self.layouts[p] for p in parameters]
         return build_stacks(parameters, names, layouts, dtype)
 
-    def _step_stack(
-        self,
-        stack: MatrixStack,
-        group: dict[str, Any],
-        nonfinite: set[Tensor],
-        updates: dict[Tensor, dict[int, Tensor]],
-    ) -> None:
+    def _step_stack(self, stack: MatrixStack, group: dict[str, Any], nonfinite: set[Tensor]) -> None:
         members = [m for m in stack.members if m.parameter.grad is not None and m.parameter not in nonfinite]
         if not members:
             return
         if len(members) == len(stack.members):
-            self._move(stack, members, stack.state, group, updates)
+            self._move(stack, members, stack.state, group)
         else:
             state, index = stack.take(members)
-            self._move(stack, members, state, group, updates)
+            self._move(stack, members, state, group)
             stack.put(index, state)
 
     def _move(
-        self,
-        stack: MatrixStack,
-        members: list[StackMember],
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-        updates: dict[Tensor, dict[int, Tensor]],
+        self, stack: MatrixStack, members: list[StackMember], state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         """Apply the rule to the members of a stack, all of which have gradients."""
         direction = self.direction(stack.gather_grads(members), state, group)
@@ -397,9 +387,10 @@ class MatrixOptimizer(Optimizer):
         factor = self.decay_factor(state, group) if group["weight_decay"] != 0 else None
         scale = shape_scale(group["lr_scale"], *stack.shape)
         targets = [member.target(member.parameter) for member in members]
-        parts = split_like(direction.to(targets[0].dtype), members, targets)
+        direction = direction.to(targets[0].dtype)
         if self._observers:
-            self._observe(members, [part * scale for part in parts], updates)
+            self._tell(StackUpdate(consecutive(members), direction, scale))
+        parts = split_like(direction, members, targets)
         if group["weight_decay"] != 0:
             amount = group["lr"] * group["weight_decay"]
             if factor is None:
@@ -409,32 +400,19 @@ class MatrixOptimizer(Optimizer):
                 decay_by(targets, parts, amounts, group["cautious"])
         subtract(targets, parts, group["lr"] * scale)
 
+    def _tell(self, update: StackUpdate) -> None:
+        for observer in list(self._observers.values()):
+            observer(update)
+
     def _check_answer(self, method: str, answer: Any, members: list[StackMember], stack: MatrixStack) -> None:
         """Raise ``ValueError`` unless a rule answered with one matrix for each of the members."""
-        expected = (sum(member.stop - member.start for member in members), *stack.shape)
+        expected = (sum(member.count for member in members), *stack.shape)
         if not isinstance(answer, Tensor) or answer.shape != expected:
             found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(
                 f"{type(self).__name__}.{method} must return a tensor of shape {expected}, that of the gradients, here "
                 f"for {members[0].name!r}; it returned {found}."
             )
-
-    def _observe(
-        self, members: list[StackMember], parts: list[Tensor], updates: dict[Tensor, dict[int, Tensor]]
-    ) -> None:
-        """Tell the observers; a parameter spread over several stacks waits in ``updates`` for its last block."""
-        for member, part in zip(members, parts, strict=True):
-            blocks = updates.setdefault(member.parameter, {})
-            blocks[member.view] = part
-            if len(blocks) < member.views:
-                continue
-            if member.plain:
-                update = blocks[0]
-            else:
-                ordered = [blocks[view] for view in range(member.views)]
-                update = member.layout.write(ordered, member.parameter.shape)
-            for observer in list(self._observers.values()):
-                observer(member.name, update)
 
 
 def _takes_part(parameter: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +21,7 @@ from lightning_muon.optim.arguments import (
     constructor_options,
 )
 from lightning_muon.optim.building import add_group
-from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
+from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.routing import Routing, set_rate
 from lightning_muon.partition import ParameterAssignment, Partition
@@ -51,7 +50,6 @@ class Links:
     """Groups whose learning rate follows another's, and these."""
     rates: dict[int, Any] = field(default_factory=dict)
     """Their learning rates when last seen."""
-    observers: OrderedDict[int, UpdateObserver] = field(default_factory=OrderedDict)
 
 
 class _ParameterHolder(Optimizer):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_muon import optim
 from lightning_muon.optim import MatrixOptimizer
 from lightning_muon.partition import MatrixLayout
+from tests.optim.observed import by_name
 from tests.optim.reference import Layout, matrix_indices
 from tests.optim.references import REFERENCES
 from tests.optim.references.common import LRS, Case
@@ -189,7 +190,7 @@ def updates(
     param = nn.Parameter(torch.zeros(grads[0].shape, dtype=dtype))
     optimizer = rule([param], lr=1.0, weight_decay=0.0, **options)
     seen: list[Tensor] = []
-    optimizer.observe_updates(lambda name, update: seen.append(update.clone()))
+    optimizer.observe_updates(by_name(lambda name, update: seen.append(update)))
     for grad in grads:
         param.grad = grad.to(dtype)
         optimizer.step()

@@ -1,6 +1,7 @@
 """Muon and its relatives for PyTorch Lightning: one mixin, one hybrid optimizer."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from lightning_muon.cli import MuonCLI
 from lightning_muon.configure import configure_hybrid_optimizer
@@ -15,15 +16,16 @@ from lightning_muon.optim import (
     Dion2,
     HybridOptimizer,
     MatrixOptimizer,
+    MomentumOptimizer,
     Muon,
     MuonHyperball,
     MuonNSR,
     MuonVS,
     Muown,
     NorMuon,
+    OrthogonalizingOptimizer,
     PolarGrad,
     SinkGD,
-    SpecMuon,
     SpectralSphere,
     WeightAwareOptimizer,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "HybridOptimizer",
     "MatrixLayout",
     "MatrixOptimizer",
+    "MomentumOptimizer",
     "Muon",
     "MuonCLI",
     "MuonHyperball",
@@ -54,14 +57,22 @@ __all__ = [
     "MuonVS",
     "Muown",
     "NorMuon",
+    "OrthogonalizingOptimizer",
     "ParameterRule",
     "Partition",
     "PolarGrad",
     "SinkGD",
-    "SpecMuon",
     "SpectralSphere",
     "UseMuon",
     "WeightAwareOptimizer",
     "configure_hybrid_optimizer",
     "partition_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SpecMuon":
+        raise AttributeError(
+            "lightning_muon.SpecMuon is experimental and has moved: it is lightning_muon.experimental.SpecMuon."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_muon.optim.arguments import OPTIMIZER_KEY, class_label
 from lightning_muon.optim.routing import Routing
+from lightning_muon.optim.stacks import MatrixStack
 
 
 @dataclass
@@ -166,6 +167,46 @@ def check_class(saved_options: Mapping[str, Any], optimizer: Optimizer, what: st
         f"different things. Choose {one} again, or load the weights alone and let {other} start anew (Lightning: "
         "Module.load_from_checkpoint(path), then fit without ckpt_path)."
     )
+
+
+def check_classes(saved: Sequence[dict[str, Any]], optimizer: Optimizer) -> None:
+    """:func:`check_class` for all groups of a state."""
+    for group in saved:
+        check_class(group, optimizer, repr(group["name"]) if "name" in group else "these parameters")
+
+
+def check_entries(
+    loaded: Mapping[Tensor, set[str]],
+    stacks: Iterable[MatrixStack],
+    optimizer: Optimizer,
+    saved: Sequence[dict[str, Any]],
+) -> None:
+    """Refuse a state that has other entries than a rule keeps.
+
+    Args:
+        loaded: names of the loaded entries, by parameter.
+        stacks: of these parameters, bound to the state.
+        optimizer: the rule.
+        saved: param groups of the state, which say what saved it.
+
+    Raises:
+        ValueError: names the parameter, both lists of entries, both rules and what to do.
+    """
+    kept: dict[Tensor, set[str]] = {}
+    members = [(member, stack) for stack in stacks for member in stack.members]
+    for member, stack in members:
+        kept.setdefault(member.parameter, set()).update(map(member.state_key, stack.state))
+    kind = type(optimizer).__name__
+    for member, _ in members:
+        found, own = loaded.get(member.parameter), kept[member.parameter]
+        if found is not None and found != own:
+            rules = sorted({name_of_class(group[OPTIMIZER_KEY]) for group in saved if OPTIMIZER_KEY in group})
+            raise ValueError(
+                f"The state to load for {member.name!r} has {', '.join(sorted(found))}, but {kind} keeps "
+                f"{', '.join(sorted(own)) or 'no state'}: it was saved by another rule"
+                f"{', ' + ' and '.join(rules) if rules else ''}. Choose that one again, or load the weights alone and "
+                f"let {kind} start anew."
+            )
 
 
 def name_of_class(label: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_muon.partition import MatrixLayout
+
+InitState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]
 
 MAX_STACK_ELEMENTS = 2**26
 """Matrices are stacked up to this many elements, which bounds temporary memory; a larger matrix is a stack of its
@@ -117,28 +119,29 @@ class MatrixStack:
     def bind(
         self,
         optimizer_state: MutableMapping[Tensor, dict[str, Any]],
-        init_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]],
+        init_state: InitState,
         group: dict[str, Any],
     ) -> None:
-        """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds."""
+        """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds.
+
+        What somebody put there, as by loading, is copied in; what somebody took out starts anew.
+        """
         if not self._initialized:
-            weights = self.gather(self.members, [member.parameter for member in self.members])
-            self.state = _checked_state(init_state(weights, group), self.size)
+            self.state = self._initial_state(self.members, init_state, group)
             self._initialized = True
         for member, bound in zip(self.members, self._bound, strict=True):
-            saved = optimizer_state[member.parameter]
+            entries = optimizer_state[member.parameter]
             for key, tensor in self.state.items():
                 name = member.state_key(key)
-                current = saved.get(name)
+                current = entries.get(name)
                 if current is not None and current is bound.get(key):
                     continue
                 view = member.state_view(tensor, elementwise=tensor.shape == (self.size, *self.shape))
                 if current is not None:
                     _copy_saved(view, current, member.name, name)
-                elif key in bound:  # the state was cleared: start anew
-                    weights = self.gather([member], [member.parameter])
-                    tensor[member.slice] = init_state(weights, group)[key]
-                saved[name] = bound[key] = view
+                elif key in bound:
+                    tensor[member.slice] = self._initial_state([member], init_state, group)[key]
+                entries[name] = bound[key] = view
 
     def take(self, members: Sequence[StackMember]) -> tuple[dict[str, Tensor], Tensor]:
         """Copies of the state of some members, and their indices in the stack."""
@@ -150,6 +153,12 @@ class MatrixStack:
         """Write back what :meth:`take` copied."""
         for key, tensor in state.items():
             self.state[key].index_copy_(0, index.to(tensor.device), tensor)
+
+    def _initial_state(
+        self, members: Sequence[StackMember], init_state: InitState, group: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        weights = self.gather(members, [member.parameter for member in members])
+        return _checked_state(init_state(weights, group), len(weights))
 
 
 def build_stacks(

@@ -44,6 +44,9 @@ class WeightAwareOptimizer(MatrixOptimizer):
 
     .. math:: W \leftarrow \bar W - \Delta.
 
+    The learning rate is the rule's to apply, because the new weights need not be linear in it: a step along a sphere,
+    or of the lengths and the directions of rows, is not.
+
     Weights are read in float32 at least; parameters of less precision are rounded once, at the end.
     Arguments and errors are those of :class:`MatrixOptimizer`.
     """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_muon import optim
+from lightning_muon import experimental, optim
 from lightning_muon.optim import MatrixOptimizer
 from lightning_muon.partition import MatrixLayout
 from tests.optim.observed import by_name
@@ -47,10 +47,19 @@ class Run:
     state: dict[str, Any]
 
 
+BASES = {"MatrixOptimizer", "MomentumOptimizer", "OrthogonalizingOptimizer", "WeightAwareOptimizer"}
+
+RULES: dict[str, type[MatrixOptimizer]] = {
+    name: kind
+    for name, kind in {**vars(optim), **vars(experimental)}.items()
+    if isinstance(kind, type) and issubclass(kind, MatrixOptimizer) and name not in BASES
+}
+"""All rules that the package exports, by name."""
+
+
 def rule_class(name: str) -> type[MatrixOptimizer]:
     """The package's class of this name."""
-    found: type[MatrixOptimizer] = getattr(optim, name)
-    return found
+    return RULES[name]
 
 
 def all_cases() -> list[Any]:

@@ -1,7 +1,7 @@
-"""Train and judge a recommender: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``.
+"""Train and evaluate a recommender: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``.
 
-After ``fit`` the best checkpoint is tested, and the popularity baseline beside it. ``predict --ckpt_path best.ckpt``
-with the same configuration writes recommendations to a file.
+``fit`` ends with a test of the best checkpoint and of the popularity baseline. ``predict --ckpt_path best.ckpt`` with
+the same configuration writes recommendations to a file.
 """
 
 from __future__ import annotations

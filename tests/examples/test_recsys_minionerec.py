@@ -339,7 +339,7 @@ class TestArguments:
     def test_data_without_titles_get_a_sentence(self, codes_file):
         data = SyntheticSequences(9, num_clusters=NUM_ITEMS, items_per_cluster=1)
         model = MiniOneRec(NUM_ITEMS, codes_file, tasks=["next_item", "titles"], **TINY)
-        message = r"The tasks titles need the titles of the items, and SyntheticSequences has none. Set tasks to \[next"
+        message = r"The tasks titles need the titles of the items, but SyntheticSequences has none. Set tasks to \[next"
         with pytest.raises(ValueError, match=message):
             L.Trainer(max_steps=1, **QUIET).fit(model, data)
         L.Trainer(max_steps=1, **QUIET).fit(MiniOneRec(NUM_ITEMS, codes_file, tasks=["next_item"], **TINY), data)

@@ -126,7 +126,7 @@ class TestPoorCodes:
         torch.save(torch.randn(2000, 64), "noise.pt")
         data = ["--data=examples.recsys.semantic_ids.EmbeddingFile", "--data.path=noise.pt", "--codes.path=a.csv"]
         size = ["--model.levels=2", "--model.codebook_size=2", "--trainer.logger=false"]
-        with pytest.warns(UserWarning, match=r"The codes in a.csv explain .*, so that they say next to nothing of an"):
+        with pytest.warns(UserWarning, match=r"The codes in a.csv explain .*, so they say almost nothing about an"):
             main(["kmeans", *data, *size])
 
     def test_codes_as_good_as_those_of_kmeans_are_not(self, recwarn):
@@ -142,7 +142,7 @@ class TestPoorCodes:
             (0.02, 0.99, "less than half of the 99.0%"),
             (-0.3, 0.2, "explain -30.0%"),
             (0.2, 0.3, None),
-            (0.09, 0.1, "so that they say next to nothing of an item"),
+            (0.09, 0.1, "so they say almost nothing about an item"),
         ],
     )
     def test_the_yardstick_is_half_of_kmeans_and_a_tenth_at_least(self, explained, kmeans, expected):
@@ -185,7 +185,7 @@ class TestUniqueness:
     def test_a_digit_with_more_codes_than_a_level_gets_a_warning(self):
         codes = torch.tensor([[0, 0]] * 3 + [[1, 0]] * 2)
         quantization = Quantization(torch.rand(5, 2), codes, self.QUANTIZATION.codebooks)
-        with pytest.warns(UserWarning, match=r"3 items have the same codes.* grows from 2 to as many: take features"):
+        with pytest.warns(UserWarning, match=r"3 items have the same codes.* grows from 2 to as many: use features"):
             assert CodesFile().unique(quantization)[:, 2].tolist() == [0, 1, 2, 0, 1]
         with pytest.raises(ValueError, match="3 items have"):
             CodesFile(uniqueness="sinkhorn").unique(quantization)

@@ -113,7 +113,7 @@ class TestAttributeFeatures:
         [
             ({}, {}, r'must hold {"item": \[attribute, ...\]}, got \'{}\''),
             ([1, 2], {}, r"must hold .* got '\[1, 2\]'"),
-            ({"B00": [1]}, {}, "calls items by name, as 'B00': give the data module that knows the names as source"),
+            ({"B00": [1]}, {}, "has names of items, such as 'B00': give the data module with these names as source"),
             ({"1": 5}, {}, "expected a list of attributes for item '1', got 5"),
             ({"1": [[5]]}, {}, r"expected a list of attributes for item '1', got \[\[5\]\]"),
             ({"0": [5]}, {}, "has item 0, which is outside of the catalogue"),
@@ -121,7 +121,7 @@ class TestAttributeFeatures:
             (
                 {"1": [5], "2": [6]},
                 {"num_components": 3},
-                "num_components=3 is more than 2 items with 2 features allow",
+                "num_components=3 is too large for 2 items with 2 features",
             ),
         ],
     )
@@ -180,7 +180,7 @@ class TestAttributesByName:
 
     def test_a_file_of_other_items_gets_a_sentence(self, source, tmp_path):
         path = attributes_file(tmp_path / "a.gz", {"other": ["green"]})
-        with pytest.raises(ValueError, match=r"none of the items of Interactions: it calls them as 'other'"):
+        with pytest.raises(ValueError, match=r"none of the items of Interactions: it has names such as 'other'"):
             AttributeFeatures(path, source=source).features()
 
     def test_a_size_beside_the_data_module_is_refused(self, source):
@@ -342,5 +342,5 @@ class TestTextFeatures:
         for source in (SyntheticSequences(num_users=3), Interactions(str(tmp_path / "log.csv"))):
             data = TextFeatures(source, encoder, cache_dir=str(tmp_path))
             name = type(source).__name__
-            with pytest.raises(ValueError, match=f"{name} knows no titles of its items: take AttributeFeatures"):
+            with pytest.raises(ValueError, match=f"{name} has no titles of its items: use AttributeFeatures"):
                 data.prepare_data()

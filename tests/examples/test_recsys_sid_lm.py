@@ -278,8 +278,8 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_heads": 3}, "num_heads=3 does not divide hidden_size=32 into even widths"),
-            ({"num_heads": 32, "num_kv_heads": 32}, "num_heads=32 does not divide hidden_size=32 into even widths"),
+            ({"num_heads": 3}, r"hidden_size=32 must be a multiple of 2 \* num_heads, got num_heads=3"),
+            ({"num_heads": 32, "num_kv_heads": 32}, "a multiple of 2 .* got num_heads=32"),
             ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
             ({"num_layers": 0}, "num_layers must be 1 or more, got 0"),
             ({"num_beams": 0}, "num_beams must be 1 or more, got 0"),

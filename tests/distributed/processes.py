@@ -1,6 +1,6 @@
 """Runs functions in several gloo processes on the loopback device, with a time limit.
 
-The limit is far above what they take, for machines on which other tests run beside them.
+The limit is far above the usual time, for machines on which other tests run at the same time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Each way into the package with two processes, started by Lightning."""
+"""Each way to use the package, with two processes started by Lightning."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("way", "strategy"), [*((way, "ddp_spawn") for way in WAYS), ("MuonCLI", "ddp")])
 def test_both_processes_train_with_the_hybrid(way, strategy, tmp_path):
-    """A module that a callback or the command line gives its optimizer has it in every process."""
+    """If a callback or the command line sets the optimizer of a module, it does so in every process."""
     both_equal(way, strategy, tmp_path)
 
 
 def test_layers_unfrozen_under_ddp_stay_equal(tmp_path):
-    """DistributedDataParallel averages no gradient of what was frozen when it was built."""
+    """DistributedDataParallel does not average gradients of parameters that were frozen at its construction."""
     both_equal("mixin", "ddp_spawn", tmp_path, freeze="yes")
 
 

@@ -1,4 +1,4 @@
-"""Amazon 2018: the prepared folders, and the sets made from reviews and metadata."""
+"""Amazon 2018: the prepared folders, and the data sets made from reviews and metadata."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def write_csv(folder: Path, text: str, name: str = "interactions.csv.gz") -> Ama
 
 @pytest.fixture
 def small(monkeypatch):
-    """What would have to be published for the small set to be right."""
+    """Replaces the published counts by those of the small set."""
     monkeypatch.setitem(PUBLISHED, OFFICE, Counts(2, 2, 6, 1, 1))
 
 
@@ -110,7 +110,7 @@ class TestSharedFolders:
 
     @pytest.mark.parametrize("category", [INDUSTRIAL, OFFICE])
     def test_published_splits_are_a_cut_of_targets_in_our_order(self, category):
-        """So the ties at the cuts are those of the published files."""
+        """This includes the ties at the borders between splits."""
         data = AmazonReviews2018(category, data_dir=str(SHARED))
         sequences = data.load_sequences()
         first = torch.zeros(len(sequences.items), dtype=torch.bool)
@@ -132,7 +132,7 @@ class TestSharedFolders:
         assert data.item_titles()[:2] == data.item_names()[:2] == data.user_names()[:2] == ["1", "2"]
 
     def test_names_are_those_of_the_files(self):
-        """They count items from 0, and have no rows of some users."""
+        """The files count items from 0 and lack rows of some users."""
         data = AmazonReviews2018(INDUSTRIAL, data_dir=str(SHARED))
         data.setup("predict")
         with gzip.open(data.path, "rt") as file:

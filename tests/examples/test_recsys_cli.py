@@ -98,7 +98,7 @@ def test_sasrec_and_hstu_beat_popularity_on_a_third_of_the_budget():
 
 @pytest.mark.distributed
 def test_two_processes_fit_test_and_compare(tmp_path):
-    """The popularity baseline is judged by all processes of the Trainer: one alone would wait for the others."""
+    """All processes evaluate the popularity baseline: one alone would wait for the others."""
     command = [sys.executable, "-m", "examples.recsys", "fit", *SYNTHETIC, "--trainer.max_epochs=1"]
     command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
     command += [f"--trainer.default_root_dir={tmp_path}"]

@@ -1,4 +1,4 @@
-"""Every configuration of a recommender that ships makes a model and its data, and combines with the pieces."""
+"""Every shipped configuration of a recommender makes a model and its data, and combines with the partial ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_configuration_is_complete(parser, path, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", PIECES, ids=lambda path: path.stem)
 def test_a_piece_for_the_optimizer_combines_with_a_model_and_trains(parser, piece):
-    """It chooses the classes and the rates that it names, over those of the model's file, and weights stay finite."""
+    """Its classes and learning rates override those of the model's file, and weights stay finite."""
     chosen = yaml.safe_load(piece.read_text())["model"]["init_args"]
     files = ["-c", str(CONFIGS / "sasrec_synthetic.yaml"), "-c", str(piece)]
     made = parser.instantiate_classes(parser.parse_args([*files, "--data.num_users=64"]))
@@ -126,7 +126,7 @@ def test_a_configuration_says_how_to_run_it_and_logs_under_its_name(path):
 
 
 def test_there_is_one_a_model_and_data_set():
-    """MiniOneRec is for data with titles, and MovieLens has no semantic ids."""
+    """Except that MiniOneRec needs data with titles, and MovieLens has no semantic ids."""
     names = {f"{model}_{data}" for model, data in product(MODELS, SETS)}
     names |= {f"{model}_ml1m" for model in MODELS[:4]}
     names |= {f"{model}_{data}" for model, data in product(("minionerec", "minionerec_small"), TITLED)}

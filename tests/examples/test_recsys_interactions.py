@@ -1,4 +1,4 @@
-"""A user's own file."""
+"""Interactions from a file of the user."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def path(tmp_path):
 
 
 def quiet(path, **kwargs) -> Interactions:
-    """Set up, without the warning of unsorted rows."""
+    """Data set up without the warning about unsorted rows."""
     data = Interactions(str(path), **kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ MOVIES = ["1::Amélie (2001)::Comedy", "2::Unrated (1999)::Drama", "3::A: B (199
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch) -> Path:
-    """A folder with ``ml-1m.zip``, and the counts and checksum that it would have to have."""
+    """A folder with ``ml-1m.zip``; replaces the published counts and checksum by its own."""
     path = tmp_path / "web" / "ml-1m.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as file:

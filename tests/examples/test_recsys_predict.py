@@ -1,4 +1,4 @@
-"""Recommendations: what is recommended, the file, what is printed, and checkpoints of another catalogue."""
+"""Recommendations: items, file, printed table, and checkpoints of another catalogue."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ cat,red pen,3
 
 
 class Fixed(Recommender):
-    """Prefers item 1, then 2, and so on; ``scores`` (num_items,) say otherwise."""
+    """Prefers item 1, then 2, and so on, unless ``scores`` (num_items,) are given."""
 
     def __init__(self, num_items: int, mask_history: bool = True, scores: list[float] | None = None) -> None:
         super().__init__(num_items, mask_history)
@@ -245,7 +245,7 @@ class TestCheckpointOfAnotherCatalogue:
 
 
 class TestItemsInAnotherOrder:
-    """New rows may number the same items differently, and nothing else would tell."""
+    """New rows may number the same items differently, which only the fingerprint detects."""
 
     @staticmethod
     def data(path: Path, first: str) -> Interactions:
@@ -340,7 +340,7 @@ class TestCommandLine:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_recommend_to_every_user_once(tmp_path, monkeypatch):
-    """37 users do not share out evenly; the files of the processes together have what one process writes."""
+    """37 users do not divide evenly. The files of both processes together have the rows of one process."""
     monkeypatch.chdir(tmp_path)
     cli = main(["fit", *SYNTHETIC, "--data.num_users=37", "--trainer.max_epochs=1"])
     command = ["predict", *SYNTHETIC, "--data.num_users=37"]

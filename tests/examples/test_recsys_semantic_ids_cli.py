@@ -62,7 +62,7 @@ def test_fit_writes_the_codes_of_its_best_checkpoint_and_reports(precision, caps
 @pytest.mark.parametrize("monitor", ["val/collisions", "val/collisions_and_error"])
 @pytest.mark.parametrize("save_top_k", [1, 2])
 def test_of_checkpoints_with_equal_collisions_the_one_that_explains_most_is_kept(monitor, save_top_k, monkeypatch):
-    """The figures are told for five epochs, of which the third is the best."""
+    """The values are prescribed for five epochs, and the third is the best."""
     told = iter([(40, 0.02), (30, 0.1), (30, 0.24), (30, 0.2), (31, 0.9), (30, 0.24)])
 
     def compute(self):
@@ -210,7 +210,7 @@ def test_rows_that_equal_another_are_counted():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("rq*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_is_complete(parser, path):
-    """All but the files that it reads and the encoder of texts are made of it."""
+    """It sets the features, the path of the codes and the levels, and for ``fit`` the optimizer and the monitor."""
     command = "kmeans" if path.stem.startswith("rqkmeans") else "fit"
     assert f"python -m examples.recsys.semantic_ids {command} --config configs/{path.name}" in path.read_text()
     config = parser.parse_args(["--config", str(path)])
@@ -245,7 +245,7 @@ def test_the_synthetic_configuration_uses_its_codebooks():
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_processes_keep_the_same_codebooks_and_count_every_item_once(tmp_path):
-    """Codebooks are set and replaced by all processes together: DDP would not even them out."""
+    """All processes set and replace the codebooks together, since DDP would not synchronize them."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Features of items: what each source holds, how it is scaled, and what it refuses."""
+"""Features of items: values, scale and refused input of each source."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class TestAttributeFeatures:
 
 
 class TestAttributesByName:
-    """Items of a data module go by their names there, which may be numbers that count otherwise."""
+    """Items have their names in the data module, which may be other numbers than 1, 2, ..."""
 
     @pytest.fixture(params=[("pen", "ink", "nib"), ("17", "4", "1"), (17, 4, 1)], ids=["words", "digits", "numbers"])
     def source(self, request, tmp_path) -> Interactions:
@@ -263,7 +263,7 @@ class Named(SequenceDataModule):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    """A random BERT of 16 units and a vocabulary of four words."""
+    """A random BERT of width 16 with a vocabulary of four words."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("encoder")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
@@ -337,7 +337,7 @@ class TestTextFeatures:
         assert len(paths) == 3
 
     def test_a_source_without_titles_gets_a_sentence(self, encoder, tmp_path):
-        """Ids are none, though the data module calls the items by them."""
+        """Ids are not titles, although they are the names in the data module."""
         (tmp_path / "log.csv").write_text("user,item,timestamp\na,B001,1\na,B002,2\na,B003,3\n")
         for source in (SyntheticSequences(num_users=3), Interactions(str(tmp_path / "log.csv"))):
             data = TextFeatures(source, encoder, cache_dir=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Text files as the world writes them: delimiters, quotes, headers, encodings, titles elsewhere."""
+"""Real-world text files: delimiters, quotes, headers, encodings, separate title files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of interactions, and the split by them."""
+"""Times of interactions, and the split by time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def samples(dataset) -> list[dict[str, list[int] | int]]:
 
 
 def random_sequences(users: int = 40, num_items: int = 20, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
-    """Few items and few times, so that items repeat and times tie, within users and between them."""
+    """Few items and few times, so items repeat and times tie, within users and between them."""
     draw = random.Random(seed)
     lengths = [draw.randint(2, 9) for _ in range(users)]
     items = [[draw.randint(1, num_items) for _ in range(length)] for length in lengths]
@@ -66,7 +66,7 @@ class TestTimes:
         assert "times" not in protocol.train()[0].keys() | protocol.validation()[0].keys()
 
     def test_users_with_interactions_at_the_same_time_are_counted(self):
-        """Not those whose first is at the time of the last of the user before."""
+        """A tie of a user's first interaction with the last one of the previous user does not count."""
         times = [[1, 2, 3], [3, 3, 4], [4, 5, 5], [5, 5, 5, 6, 6]]
         items = [[1] * len(clock) for clock in times]
         assert UserSequences.from_lists(items, 1, times).ties() == (3, 9)

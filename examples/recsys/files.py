@@ -44,6 +44,6 @@ def unfinished(path: str | os.PathLike[str]) -> Iterator[UnfinishedFile]:
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write lines, given without line ends, to a text file. After an error there is no file."""
+    """Write lines, given without line ends, to a text file. An error leaves no partial file."""
     with unfinished(path) as unfinished_file, unfinished_file.open_text() as file:
         file.writelines(f"{line}\n" for line in lines)

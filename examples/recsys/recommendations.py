@@ -102,7 +102,7 @@ class RecommendationWriter(BasePredictionWriter):
             )
             if self._table.row_count < self.show:
                 history = [item for item in seen if item != PADDING]
-                self._table.add_row(self._users[user], self._in_print(history[-self.top_k :]), self._in_print(items))
+                self._table.add_row(self._users[user], self._as_text(history[-self.top_k :]), self._as_text(items))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Each process waits for all others, so no file gets its name if one of them failed.
@@ -134,7 +134,7 @@ class RecommendationWriter(BasePredictionWriter):
         path = Path(self.path).expanduser()
         return path if trainer.world_size == 1 else path.with_name(f"{rank}.{path.name}")
 
-    def _in_print(self, items: list[int]) -> Text:
+    def _as_text(self, items: list[int]) -> Text:
         return Text("\n".join(self._titles[item - 1] for item in items), overflow="ellipsis", no_wrap=True)
 
 

@@ -108,7 +108,7 @@ def read_catalogue(folder: Path, num_items: int) -> list[dict[str, str]]:
 def write(folder: Path, sequences: UserSequences, catalogue: Iterable[dict[str, str]]) -> None:
     """Write the files that :func:`read_interactions` (without splits) and :func:`read_catalogue` read.
 
-    After an error an incomplete file is removed.
+    An error leaves no partial file.
 
     Args:
         folder: folder of the files; created if needed.

@@ -135,7 +135,7 @@ class UserSequences:
         return cls.from_lists(sequences, num_items)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write a file for :meth:`read`, with users numbered from 1 and without times. After an error there is none."""
+        """Write a file for :meth:`read`, with users numbered from 1, without times. An error leaves no partial file."""
         write_lines(path, (f"{user} {' '.join(map(str, self[user - 1].tolist()))}" for user in range(1, len(self) + 1)))
 
     def __len__(self) -> int:

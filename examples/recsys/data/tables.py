@@ -37,7 +37,7 @@ class TextFormat:
     quoted: bool | None = None
 
     def __post_init__(self) -> None:
-        self.delimiter = _character(self.delimiter)
+        self.delimiter = _unescaped(self.delimiter)
         try:
             codecs.lookup(self.encoding)
         except LookupError:
@@ -252,7 +252,7 @@ class _Lines(Iterator[str]):
 _TYPE = re.compile(r":(?:token|token_seq|float|float_seq)$")
 
 
-def _character(delimiter: str) -> str:
+def _unescaped(delimiter: str) -> str:
     r"""Decode ``\t`` and other escapes in a delimiter."""
     meant = delimiter
     if re.fullmatch(r"(\\(t|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}))+", delimiter):

@@ -51,7 +51,7 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
             low-rank factors of the linear layers (all, or those in ``target_modules``) and the embeddings of the codes
             are trained. None trains all weights.
         gradient_checkpointing: whether the backward pass recomputes activations to save memory.
-        hidden_size: width d of the model without checkpoint; so are the next arguments up to ``dropout``.
+        hidden_size: width d of the model without checkpoint. The next arguments up to ``dropout`` are for it, too.
         num_layers: number of layers.
         num_heads: number of attention heads.
         num_kv_heads: number of key and value heads; groups of query heads share them.

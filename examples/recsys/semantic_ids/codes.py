@@ -92,7 +92,7 @@ class SemanticIds:
             raise ValueError(f"{path}: {error}") from None
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write a file for :meth:`read`, items from 1. After an error there is none. Missing folders are created."""
+        """Write a file for :meth:`read`, items from 1. An error leaves no partial file. Missing folders are created."""
         with unfinished(path) as unfinished_file, unfinished_file.open_text() as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["item", *(f"c{level}" for level in range(1, self.levels + 1))])

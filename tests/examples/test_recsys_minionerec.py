@@ -278,7 +278,7 @@ class TestLora:
         model = MiniOneRec(NUM_ITEMS, codes_file, lora={"r": 3, "target_modules": ["q_proj"]}, **TINY)
         factors = [parameter.shape for name, parameter in model.named_parameters() if "lora_A" in name]
         assert factors == [(3, 32)] * 2
-        with pytest.raises(ValueError, match=r"lora=\{'rank': 3\} is not what peft.LoraConfig takes"):
+        with pytest.raises(ValueError, match=r"peft.LoraConfig does not take lora=\{'rank': 3\}"):
             MiniOneRec(NUM_ITEMS, codes_file, lora={"rank": 3}, **TINY)
         with pytest.raises(ValueError, match="query"):
             MiniOneRec(NUM_ITEMS, codes_file, lora={"target_modules": ["query"]}, **TINY)

@@ -145,7 +145,7 @@ class TestUnit:
                 "s",
                 "The times are from 1970-01-01 to 1970-01-01 in seconds: if these are times and",
             ),
-            (["2024-05-31", "2024-05-31T12:00:00+02:00", "2024-06-01"], "s", "2 dates say no time zone, others do"),
+            (["2024-05-31", "2024-05-31T12:00:00+02:00", "2024-06-01"], "s", "2 dates have no time zone, others do"),
             ([DAY, DAY + 1, 4_000_000_000], "s", "The latest time is 2096-10-02, which is in the future."),
         ],
     )

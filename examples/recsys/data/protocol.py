@@ -198,13 +198,13 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
 
 
 class HistorySamples(Dataset[dict[str, Tensor]]):
-    """What users did until some time.
+    """Histories of users up to given positions.
 
     Args:
         sequences: the items of the users.
         users: (samples,) numbers of users, from 0.
-        ends: (samples,) positions in ``sequences.items``; what the user did before is in the sample.
-        max_length: how many positions at most a history has.
+        ends: (samples,) positions in ``sequences.items``; a sample holds the items of the user before it.
+        max_length: largest number of items of a history.
     """
 
     def __init__(self, sequences: UserSequences, users: Tensor, ends: Tensor, max_length: int) -> None:

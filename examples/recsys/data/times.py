@@ -96,7 +96,7 @@ class Clock:
             if unit is None and abs(_scaled(number, self.unit)) > LATEST:
                 return (
                     f"{number} ({place}) is in the year {year} in {NAMES[self.unit]}, far from our time: set time_unit "
-                    f"to what it counts ({', '.join(map(repr, UNITS))}), or drop such rows."
+                    f"to its unit ({', '.join(map(repr, UNITS))}), or drop such rows."
                 )
         return None
 
@@ -119,7 +119,7 @@ class Clock:
         if high > datetime.now(UTC).timestamp() + 86_400:
             remarks.append(f"The latest time is {_day(high)}, which is in the future.")
         if all(self._zones.values()):
-            unzoned = counted(self._zones[False], "date says", "dates say")
+            unzoned = counted(self._zones[False], "date has", "dates have")
             remarks.append(f"{unzoned} no time zone, others do: those without are read as UTC.")
         return remarks
 

@@ -234,7 +234,7 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], code_tokens: Tenso
         config = LoraConfig(**{"target_modules": "all-linear", "trainable_token_indices": trained, **options})
     except TypeError as error:
         raise ValueError(
-            f"lora={options} is not what peft.LoraConfig takes ({error}): give its options, such as r, lora_alpha, "
+            f"peft.LoraConfig does not take lora={options} ({error}): give its options, such as r, lora_alpha, "
             "lora_dropout and target_modules."
         ) from None
     return get_peft_model(model, config).get_base_model()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import sys
+import io
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from examples.recsys.__main__ import main
 from examples.recsys.models import PaperSASRec, SASRec
 from tests.distributed import processes
+from tests.examples.configs import files, on_synthetic
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
-SYNTHETIC = ["--config", str(CONFIGS / "sasrec_synthetic.yaml")]
+BEAUTY = files("model/sasrec", "data/beauty")
+SYNTHETIC = on_synthetic("sasrec")
 QUIET = "--trainer.enable_progress_bar=false"
 
 
@@ -56,9 +58,9 @@ def test_popularity_has_its_own_line():
     assert 0 < cli.trainer.callback_metrics["test/masked/ndcg@10"] < 0.1
 
 
-@pytest.mark.parametrize(("name", "model"), [("sasrec_beauty", SASRec), ("sasrec_paper_industrial", PaperSASRec)])
+@pytest.mark.parametrize(("name", "model"), [("sasrec", SASRec), ("muonrec_sasrec", PaperSASRec)])
 def test_partition_of_a_configuration(name, model, capsys):
-    cli = main(["partition", "--config", str(CONFIGS / f"{name}.yaml")])
+    cli = main(["partition", *files(f"model/{name}", "data/industrial")])
     assert "param groups:" in capsys.readouterr().out
     assert isinstance(cli.model, model)
     groups = {group["name"]: group for group in cli.model.configure_optimizers().param_groups}
@@ -67,26 +69,23 @@ def test_partition_of_a_configuration(name, model, capsys):
 
 def test_unknown_category_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
-        main(["partition", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.category=Books"])
+        main(["partition", *BEAUTY, "--data.category=Books"])
     assert "Toys_and_Games" in capsys.readouterr().err
 
 
 def test_missing_codes_get_a_sentence():
-    with pytest.raises(FileNotFoundError, match=r"no semantic ids at .*nowhere.csv: make them with .*rqvae_....yaml`"):
-        main(["fit", "--config", str(CONFIGS / "tiger_synthetic.yaml"), "--model.semantic_ids=nowhere.csv"])
+    with pytest.raises(FileNotFoundError, match=r"no semantic ids at .*nowhere.csv: make them with .*/rqvae.yaml -c "):
+        main(["fit", *on_synthetic("tiger"), "--model.semantic_ids=nowhere.csv"])
 
 
 def test_missing_data_dir_gets_a_sentence():
     with pytest.raises(FileNotFoundError, match=r"data_dir='nowhere' has no Beauty.txt"):
-        main(["fit", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.data_dir=nowhere"])
+        main(["fit", *BEAUTY, "--data.data_dir=nowhere"])
 
 
 @pytest.mark.slow
 def test_sasrec_and_hstu_beat_popularity_on_a_third_of_the_budget():
-    sasrec, hstu = (
-        main(["fit", "--config", str(CONFIGS / f"{name}_synthetic.yaml"), "--trainer.max_epochs=10", QUIET])
-        for name in ("sasrec", "hstu")
-    )
+    sasrec, hstu = (main(["fit", *on_synthetic(name), "--trainer.max_epochs=10", QUIET]) for name in ("sasrec", "hstu"))
     baseline = main(["test", "--model=Popularity", "--data=SyntheticSequences", "--trainer.logger=false"])
     popularity = float(baseline.trainer.callback_metrics["test/masked/ndcg@10"])
     for cli in (sasrec, hstu):
@@ -96,10 +95,17 @@ def test_sasrec_and_hstu_beat_popularity_on_a_third_of_the_budget():
     assert hstu.test_metrics["test/masked/ndcg@10"] > max(5 * popularity, 0.9 * ndcg)
 
 
+def fit_one_of_two(rank: int, folder: Path) -> str:
+    options = ["--trainer.max_epochs=1", "--data.num_users=200", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    options += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={folder}", QUIET]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["fit", *SYNTHETIC, *options])
+    return printed.getvalue()
+
+
 @pytest.mark.distributed
 def test_two_processes_fit_test_and_compare(tmp_path):
     """All processes evaluate the popularity baseline: one alone would wait for the others."""
-    command = [sys.executable, "-m", "examples.recsys", "fit", *SYNTHETIC, "--trainer.max_epochs=1"]
-    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
-    command += [f"--trainer.default_root_dir={tmp_path}"]
-    assert processes.command(command, ROOT).count("Test of the best checkpoint") == 1
+    first, second = processes.run({"fit": fit_one_of_two}, tmp_path, args=(tmp_path,))["fit"]
+    assert first.count("Test of the best checkpoint") == 1
+    assert "Test of" not in second

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from pydoc import locate
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +18,11 @@ from examples.recsys.semantic_ids.kmeans import residual_kmeans
 from examples.recsys.semantic_ids.quality import collisions_and_error, complaint, kmeans_explained
 from examples.recsys.semantic_ids.quantization import Quantization
 from examples.recsys.semantic_ids.rqvae import RQVAE
+from tests.distributed import processes
+from tests.examples.configs import CONFIGS, files
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
-SYNTHETIC = ["--config", str(CONFIGS / "rqvae_synthetic.yaml"), "--trainer.enable_progress_bar=false"]
+SYNTHETIC = [*files("semantic_ids/rqvae", "semantic_ids/features/synthetic"), "--trainer.enable_progress_bar=false"]
 
 
 @pytest.fixture(autouse=True)
@@ -208,18 +208,18 @@ def test_rows_that_equal_another_are_counted():
     assert shared_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [1.0, 2.0], [5.0, 6.0]])) == 3
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("rq*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_is_complete(parser, path):
-    """It sets the features, the path of the codes and the levels, and for ``fit`` the optimizer and the monitor."""
-    command = "kmeans" if path.stem.startswith("rqkmeans") else "fit"
-    assert f"python -m examples.recsys.semantic_ids {command} --config configs/{path.name}" in path.read_text()
-    config = parser.parse_args(["--config", str(path)])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("semantic_ids/features/*.yaml")), ids=lambda path: path.stem)
+def test_codes_go_to_the_file_of_the_features_and_the_run_is_called_after_it(parser, path):
+    """It sets the features, path, levels, optimizer and monitor, in either order of the configs."""
+    words = files("semantic_ids/rqvae", f"semantic_ids/features/{path.stem}")
+    config = parser.parse_args(words)
     assert issubclass(locate(config.data.class_path), ItemFeatures)
-    assert config.codes.path.startswith("semantic_ids/")
+    assert config.codes.path == f"semantic_ids/{path.stem}.csv"
     assert config.model.levels == 3
-    if command == "fit":
-        assert config.model.matrix_optimizer.class_path == "lightning_muon.Muon"
-        assert config.trainer.callbacks[0].init_args.monitor == "val/collisions"
+    assert config.model.matrix_optimizer.class_path == "lightning_muon.Muon"
+    assert config.trainer.callbacks[0].init_args.monitor == "val/collisions"
+    assert f"name: RQVAE_{path.stem}\n" in parser.dump(config)
+    assert parser.dump(config) == parser.dump(parser.parse_args([*words[2:], *words[:2]]))
 
 
 def test_unknown_ways_of_uniqueness_are_refused_by_name(capsys):
@@ -230,7 +230,7 @@ def test_unknown_ways_of_uniqueness_are_refused_by_name(capsys):
 
 def test_a_missing_file_of_attributes_gets_a_sentence():
     with pytest.raises(FileNotFoundError, match=r"path='nowhere.gz' does not exist"):
-        main(["kmeans", "--config", str(CONFIGS / "rqkmeans_beauty.yaml"), "--data.path=nowhere.gz"])
+        main(["kmeans", *files("semantic_ids/rqkmeans", "semantic_ids/features/beauty"), "--data.path=nowhere.gz"])
 
 
 @pytest.mark.slow
@@ -241,46 +241,26 @@ def test_the_synthetic_configuration_uses_its_codebooks():
     assert len(first.unique(dim=0)) > 300
 
 
+def fit_one_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    os.chdir(folder)
+    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=1", "--trainer.callbacks=null"]
+    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
+    options += ["--trainer.enable_checkpointing=false", "--data.num_clusters=167", "--data.items_per_cluster=3"]
+    cli = main(["fit", *SYNTHETIC, *options])
+    return {
+        "codebooks": cli.model.quantizer.codebooks.detach(),
+        "counts": cli.model.counts,
+        "codes": cli.model.codes(cli.datamodule.features()),
+        "collisions": float(cli.trainer.callback_metrics["val/collisions"]),
+    }
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_two_processes_keep_the_same_codebooks_and_count_every_item_once(tmp_path):
     """All processes set and replace the codebooks together, since DDP would not synchronize them."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    environment["CONFIG"] = str(CONFIGS / "rqvae_synthetic.yaml")
-    command = [sys.executable, str(script)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = processes.run({"fit": fit_one_of_two}, tmp_path, args=(tmp_path,))["fit"]
     assert torch.equal(first["codebooks"], second["codebooks"])
     assert torch.equal(first["counts"], second["counts"])
     assert first["counts"].sum(1).tolist() == [502] * 3  # 501 items, one of them twice to even out the processes
     assert first["collisions"] == second["collisions"] == SemanticIds(first["codes"]).collisions()
-
-
-SCRIPT = """
-import os
-import torch
-from examples.recsys.semantic_ids.__main__ import main
-
-if __name__ == "__main__":
-    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=1", "--trainer.callbacks=null"]
-    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
-    options += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
-    options += ["--data.num_clusters=167", "--data.items_per_cluster=3"]
-    cli = main(["fit", "--config", os.environ["CONFIG"], *options])
-    model = cli.model
-    torch.save(
-        {
-            "codebooks": model.quantizer.codebooks.detach(),
-            "counts": model.counts,
-            "codes": model.codes(cli.datamodule.features()),
-            "collisions": float(cli.trainer.callback_metrics["val/collisions"]),
-        },
-        f"rank{cli.trainer.global_rank}.pt",
-    )
-"""

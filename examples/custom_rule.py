@@ -1,4 +1,4 @@
-"""A rule of your own, in one method: RMNP (arXiv 2603.20527).
+"""An update rule of your own in one method, here RMNP (arXiv 2603.20527).
 
 lightning-muon fit --model examples.plain.Classifier --data examples.plain.RandomTokens \
         --matrix_optimizer examples.custom_rule.RMNP --matrix_optimizer.lr 1e-3 --trainer.max_epochs 1
@@ -22,7 +22,7 @@ class RMNP(MomentumOptimizer):
         params: parameters or param groups.
         lr: learning rate.
         weight_decay: decoupled weight decay.
-        momentum: decay of the moving average of gradients.
+        momentum: decay of the moving average of the gradients.
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:

@@ -1,4 +1,4 @@
-"""A LightningModule that knows nothing of this package, and random data, to try ``lightning-muon`` on."""
+"""A LightningModule that does not use this package, and random data, to try ``lightning-muon``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Classifier(L.LightningModule):
-    """An embedding, two hidden layers and a head; it brings no ``configure_optimizers``.
+    """An embedding, two hidden layers and a head, without ``configure_optimizers``.
 
     Args:
         width: number of hidden features.
@@ -33,7 +33,7 @@ class Classifier(L.LightningModule):
 
 
 class RandomTokens(L.LightningDataModule):
-    """Sequences of eight tokens whose label is a function of the first."""
+    """Sequences of eight tokens; the label is a function of the first token."""
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         tokens = torch.randint(100, (512, 8), generator=torch.Generator().manual_seed(0))

@@ -16,13 +16,13 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For ``-n auto``: the cores that this process may use, of which a container may have fewer than the machine."""
+    """For ``-n auto``: the cores that this process may use; a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Same random numbers whichever tests run before; what a test switches globally does not leak into the next."""
+    """Set the seed before each test, and restore global settings after it."""
     random.seed(0)
     torch.manual_seed(0)
     environment = dict(os.environ)
@@ -41,5 +41,5 @@ def reproducible() -> Iterator[None]:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A CPU generator of the test's own."""
+    """A CPU generator for one test."""
     return torch.Generator().manual_seed(1234)

@@ -1,4 +1,4 @@
-"""A small module with every kind of parameter, in both namespaces' reach of the tests, and its data."""
+"""A small module with every kind of parameter, and its data, for the tests under Lightning."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Net(MuonMixin, Bare):
 
 
 class NeedsItems(MuonMixin, pl.LightningModule):
-    """Cannot be made without the number of items, which the data knows."""
+    """Needs the number of items, which the data module knows."""
 
     def __init__(self, num_items: int, width: int = 8, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -67,7 +67,7 @@ class NeedsItems(MuonMixin, pl.LightningModule):
 
 
 class Unlinked(MuonMixin, pl.LightningModule):
-    """Knows its number of items."""
+    """Has a fixed number of items."""
 
     def __init__(self, width: int = 8, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -95,7 +95,7 @@ class WithOptimizer(Bare):
 
 
 class Items(pl.LightningDataModule):
-    """The same batches in the same order, always."""
+    """The same batches in the same order in every epoch."""
 
     def __init__(self, batches: int = 5, catalogue: int = NUM_ITEMS) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ QUIET = {
 
 
 def trainer(**kwargs) -> pl.Trainer:
-    """A silent Trainer on the CPU for 5 steps; keywords replace its settings."""
+    """A silent Trainer on the CPU for 5 steps; keywords override its settings."""
     return pl.Trainer(**{**QUIET, "max_steps": 5, **kwargs})
 
 

@@ -1,4 +1,4 @@
-"""How much memory a piece of code needs at a time."""
+"""Peak memory of a piece of code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Context in which the bytes are counted that operations make, and the most of them that lived at a time.
+    """Context that counts the bytes that operations allocate, and the most that are alive at the same time.
 
-    Tensors that were there before do not count. What a kernel allocates and frees within one call is not seen.
+    Existing tensors do not count. Memory that a kernel allocates and frees within one call is not seen.
 
     Attributes:
-        peak: bytes of the storages made and not yet freed, at most.
-        largest: bytes of the largest storage made.
+        peak: most bytes of storages that were alive at the same time.
+        largest: bytes of the largest storage.
     """
 
     def __init__(self) -> None:

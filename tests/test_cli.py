@@ -23,25 +23,25 @@ HELPERS = "tests.lightning_helpers"
 
 @pytest.fixture(autouse=True)
 def only_the_arguments_given(monkeypatch):
-    """Pytest's own arguments are no command line of the CLI; long lines are not wrapped."""
+    """Hide pytest's own arguments from the CLI, and do not wrap long lines."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("COLUMNS", "200")
 
 
 def run(*args, cli=MuonCLI, classes=(Net, Items), **kwargs):
-    """The CLI object after it ran."""
+    """Run a command line; returns the CLI object."""
     defaults = {**QUIET, "max_steps": 3, **kwargs.pop("trainer_defaults", {})}
     settings = {"save_config_callback": None, "seed_everything_default": 1, "trainer_defaults": defaults}
     return cli(*classes, args=[str(arg) for arg in args], **{**settings, **kwargs})
 
 
 def instantiate(*args, **kwargs):
-    """The same without running anything; arguments have no subcommand then."""
+    """The same without running; then arguments have no subcommand."""
     return run(*args, run=False, **kwargs)
 
 
 def failure(capsys, *args, **kwargs):
-    """What is printed when the command line is refused."""
+    """The output of a refused command line."""
     with pytest.raises(SystemExit) as error:
         run(*args, **kwargs)
     assert error.value.code == 2
@@ -110,7 +110,7 @@ def test_torchs_own_muon_is_meant_by_its_path():
 
 @BOTH
 def test_a_baseline_has_its_own_defaults(cli):
-    """jsonargparse hands the defaults of a default class on to the class chosen instead: there must be none."""
+    """jsonargparse passes defaults of a default class to the class that replaces it, so there must be none."""
     fitted = run("fit", "--model.matrix_optimizer=torch.optim.SGD", "--model.other_optimizer=torch.optim.Adam", cli=cli)
     matrix, other = child(fitted, "matrix").defaults, child(fitted, "other").defaults
     plain = torch.optim.SGD([torch.zeros(1)]).defaults
@@ -145,7 +145,7 @@ SGD = "torch.optim.SGD"
     ids=str,
 )
 def test_arguments_without_a_class_are_muons_and_of_no_other_class(configs, options, expected, by_path, tmp_path):
-    """Of the class that is chosen besides, if one is: it keeps its own defaults."""
+    """If a class is given too, they are its arguments, and it keeps its own defaults."""
     words = [f"--model={HELPERS}.Net"] if by_path else []
     for number, value in enumerate(configs):
         settings = {"matrix_optimizer": value}
@@ -173,7 +173,7 @@ def test_arguments_without_a_class_at_the_top_level():
 
 
 def test_a_class_chosen_over_a_config_takes_over_only_what_the_config_sets(tmp_path):
-    """What the file sets is kept where the new class has an argument of that name; that is how jsonargparse merges."""
+    """Values of the file are kept if the new class has an argument of that name, as jsonargparse merges them."""
     config = {"model": {"matrix_optimizer": {"class_path": "lightning_muon.Muon", "init_args": {"lr": 0.02}}}}
     path = config_file(tmp_path / "c.yaml", config)
     fitted = run("fit", "-c", path, "--model.matrix_optimizer=torch.optim.SGD")

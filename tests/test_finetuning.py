@@ -44,7 +44,7 @@ class Hook(Callback):
 
 
 class Gradual(BaseFinetuning):
-    """Adds a group for each of two stages."""
+    """Adds one group in each of two stages."""
 
     def freeze_before_training(self, pl_module: L.LightningModule) -> None:
         self.freeze(pl_module.backbone)

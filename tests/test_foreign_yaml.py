@@ -1,4 +1,4 @@
-"""Optimizers of other packages, chosen in YAML: trained and resumed beside Muon, or in its place."""
+"""Optimizers of other packages, chosen in YAML: trained and resumed beside Muon or instead of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DEFAULTS = {"model": "examples.plain.Classifier", "data": "examples.plain.Random
 
 @pytest.fixture(autouse=True)
 def only_the_arguments_given(monkeypatch):
-    """Pytest's own arguments are no command line of the CLI."""
+    """Hide pytest's own arguments from the CLI."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 def optimizer(path: str, **more: Any) -> dict[str, Any]:
-    """As it stands in YAML; keywords beyond the signature are for classes that take any."""
+    """Settings of an optimizer as in YAML; keywords outside the signature are for classes that take any."""
     pytest.importorskip(path.split(".", maxsplit=1)[0])
     return {"class_path": path, "init_args": {"lr": 1e-3}, **({"dict_kwargs": more} if more else {})}
 
@@ -56,7 +56,7 @@ def epochs_kept(folder: Path) -> dict[str, Any]:
 
 
 def assert_trains_and_resumes(folder: Path, settings: dict[str, Any], plugins: tuple[str, ...] = ()) -> MuonCLI:
-    """Two epochs at once and one after the other are the same, every parameter moves and so does every rate."""
+    """Two epochs in one run equal two runs of one; all parameters and learning rates change."""
     config = {**settings, "schedule": {"class_path": "lightning_muon.schedules.Cosine"}}
     config["trainer"] = {**epochs_kept(folder), "plugins": [{"class_path": plugin} for plugin in plugins]}
     whole = command(folder, config)
@@ -101,7 +101,7 @@ def test_other_optimizer(name, tmp_path):
 
 
 class OnTheCPU(TorchCheckpointIO):
-    """Reads checkpoints as torch can read states of torchao: the Trainer's own way has a function for a device."""
+    """Loads checkpoints without a function as ``map_location``, since torch cannot load states of torchao with one."""
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
         return torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -162,7 +162,7 @@ def test_two_packages_in_one_hybrid_under_the_mixin(tmp_path):
 
 @pytest.mark.parametrize("name", ["SophiaH", "AdaHessian"])
 def test_second_order_optimizers_get_gradients_with_a_graph(name, tmp_path):
-    """They would fail at the first step without; both draw random numbers, SophiaH in the first epoch only."""
+    """Without it they fail at the first step. Both draw random numbers, SophiaH in the first epoch only."""
     more = {"update_period": 2 * BATCHES} if name == "SophiaH" else {}
     config = {
         "model": "tests.lightning_helpers.Bare",  # torch has no second derivative of the example's EmbeddingBag
@@ -180,7 +180,7 @@ def test_second_order_optimizers_get_gradients_with_a_graph(name, tmp_path):
 
 
 def test_a_trainer_that_goes_on_with_another_module_keeps_no_graphs() -> None:
-    """Callbacks stay with the Trainer; a second fit must not pay for what the first one needed."""
+    """Callbacks stay with the Trainer, but a second fit must not keep graphs for the optimizer of the first."""
     optimizers = pytest.importorskip("pytorch_optimizer")
     trainer = pl.Trainer(**QUIET, max_epochs=1)
     trainer.fit(Net(other_optimizer=partial(optimizers.SophiaH, lr=1e-3)), Items(batches=1))
@@ -205,7 +205,7 @@ def test_second_order_optimizers_are_refused_beside_a_gradient_scaler(tmp_path):
 
 
 def test_second_order_optimizers_are_refused_in_several_processes(tmp_path, monkeypatch):
-    """Each would see the Hessian of its own batches, and their weights would part."""
+    """Each process would use the Hessian of its own batches, and their weights would diverge."""
     cli = instantiated(tmp_path, {"other_optimizer": optimizer("pytorch_optimizer.SophiaH")})
     monkeypatch.setattr(type(cli.trainer), "world_size", 2)
     cli.model.trainer = cli.trainer
@@ -217,7 +217,7 @@ SCHEDULE_FREE = ("schedulefree.AdamWScheduleFree", "pytorch_optimizer.ScheduleFr
 
 
 class Watch(pl.Callback):
-    """Notes the mode and the weights of the schedule-free child in validation, in training and when saved."""
+    """Records the mode and the weights of the schedule-free child in validation, in training and when saved."""
 
     def __init__(self) -> None:
         self.modes: dict[str, set[bool]] = {"train": set(), "validation": set()}
@@ -235,7 +235,7 @@ class Watch(pl.Callback):
 
 
 class Forgetful(Bare):
-    """Overrides the hooks that matter, and does not call super."""
+    """Overrides the relevant hooks without calling super."""
 
     def on_fit_start(self): ...
     def on_train_start(self): ...
@@ -250,12 +250,12 @@ class Forgetful(Bare):
 
 
 def modes(hybrid: HybridOptimizer) -> set[bool]:
-    """Whether the groups of the schedule-free child are on the weights to train on."""
+    """Whether the groups of the schedule-free child are in train mode."""
     return {group["train_mode"] for group in hybrid.param_groups if "train_mode" in group}
 
 
 def averages(module: pl.LightningModule, hybrid: HybridOptimizer) -> dict[str, torch.Tensor]:
-    """The averaged weights of the schedule-free parameters by their definition, x = y + (1 - 1/beta) (z - y)."""
+    """The averaged weights of the schedule-free parameters by definition, x = y + (1 - 1/beta) (z - y)."""
     found = {}
     for name, parameter in module.named_parameters():
         state = hybrid.state[parameter]
@@ -267,7 +267,7 @@ def averages(module: pl.LightningModule, hybrid: HybridOptimizer) -> dict[str, t
 @pytest.mark.parametrize("path", SCHEDULE_FREE)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_schedule_free_weights_are_where_they_belong(path, accumulate, tmp_path):
-    """Trained in train mode; validated, saved and left behind as averages, whatever hooks the module overrides."""
+    """Training uses train mode; validation, checkpoints and final weights are averages, with any overridden hooks."""
     watch, expected = Watch(), []
 
     class Averages(pl.Callback):
@@ -341,7 +341,7 @@ def test_callbacks_are_added_only_where_an_optimizer_needs_them(tmp_path):
 
 
 def instantiated(folder: Path, config: dict[str, Any]) -> MuonCLI:
-    """Model, data and Trainer of a YAML file, before anything runs."""
+    """Model, data and Trainer from a YAML file, without running them."""
     path = folder / "config.yaml"
     trainer = {**QUIET, "max_epochs": 2, "limit_train_batches": BATCHES, **config.get("trainer", {})}
     path.write_text(yaml.safe_dump({**DEFAULTS, **config, "trainer": trainer}))

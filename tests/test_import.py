@@ -1,4 +1,4 @@
-"""What an import brings along."""
+"""Side effects of importing the package."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ HEAVY = ("lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "tran
 
 @pytest.mark.slow
 def test_numerics_import_no_lightning():
-    """Which takes three times as long to import as torch."""
+    """Lightning takes three times as long to import as torch."""
     modules = [f"lightning_muon{name}" for name in ("", ".linalg", ".optim", ".partition", ".schedules")]
     code = f"import sys, {', '.join(modules)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""MuonMixin: class definition, settings, hyperparameters, and what it refuses."""
+"""MuonMixin: class definition, settings, hyperparameters, and refused input."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""One module, five harnesses, the same weights."""
+"""One module in five training harnesses gives the same weights."""
 
 from functools import partial
 
@@ -114,7 +114,7 @@ def test_the_reference_did_train(reference):
 
 
 def test_fabric_uses_configure_optimizers_of_the_mixin(reference):
-    """Without a schedule, which needs a Trainer, the mixin's own method serves any loop."""
+    """Without a schedule, which needs a Trainer, the method of the mixin works in any loop."""
     seed_everything(11)
     settings = python_settings()
     schedule = settings.pop("schedule")

@@ -1,4 +1,4 @@
-"""What a Trainer offers, with the mixin: clipping, accumulation, precision, callbacks, resume, compile."""
+"""Features of the Trainer with the mixin: clipping, accumulation, precision, callbacks, resume, compile."""
 
 from functools import partial
 
@@ -21,14 +21,14 @@ from tests.lightning_helpers import NUM_ITEMS, Bare, Items, Layers, Net, assert_
 
 
 def make(**kwargs) -> Net:
-    """The same initial weights each time, learning rates at which a few steps show."""
+    """A module with the same initial weights each time, and learning rates so large that a few steps matter."""
     torch.manual_seed(3)
     settings = {"matrix_optimizer": partial(Muon, lr=0.02), "other_optimizer": partial(torch.optim.AdamW, lr=0.005)}
     return Net(**{**settings, **kwargs})
 
 
 def plain_loop(steps, accumulate=1, clip=None):
-    """The weights that a plain torch loop reaches."""
+    """The weights after a plain torch loop."""
     module = make()
     optimizer = module.configure_optimizers()
     batches = iter(Items(steps * accumulate).train_dataloader())
@@ -198,7 +198,7 @@ def test_training_step_that_returns_none_changes_nothing():
 
 
 class BuiltLate(MuonMixin, pl.LightningModule):
-    """Has no parameters before configure_model."""
+    """Has no parameters before ``configure_model``."""
 
     def __init__(self, compiled: bool = False, **kwargs) -> None:
         super().__init__(**kwargs)

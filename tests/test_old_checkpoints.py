@@ -1,6 +1,6 @@
-"""Checkpoints that an earlier version saved load, and their runs go on as they would have then.
+"""Checkpoints of earlier versions load, and their runs continue as they would have then.
 
-``python -m tests.test_old_checkpoints`` writes a set for the version that runs it.
+``python -m tests.test_old_checkpoints`` writes a set of checkpoints by the current version.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def monitors() -> list[SpectralNormMonitor | EffectiveRankMonitor]:
 
 
 def run(way: str, max_epochs: int, ckpt_path: Path | None = None):
-    """The Trainer and its monitors; in float32, whatever the CPU is fast at."""
+    """The Trainer and its monitors, in float32 on any CPU."""
     watching = monitors()
     settings = {"kind": Float32NorMuon, "schedule": Cosine(warmup=2, final=0.1), "callbacks": watching}
     return train(way, data=Items(4), max_epochs=max_epochs, ckpt_path=ckpt_path, **settings), watching

@@ -1,4 +1,4 @@
-"""The Python code of the README runs as it stands, block after block, in one namespace."""
+"""The Python code of the README runs unchanged, block after block, in one namespace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MuonMixin beside a configure_optimizers of the user: whoever wins, the user knows."""
+"""MuonMixin with a configure_optimizers of the user: a warning says which one is used."""
 
 import functools
 from functools import partial
@@ -29,7 +29,7 @@ class Over(MuonMixin, Scheduled):
 
 
 class OverGrandparent(Over):
-    """Calls on: what is behind the mixin is still not used."""
+    """Calls super, but the methods behind that of the mixin are still not used."""
 
     def configure_optimizers(self):
         return super().configure_optimizers()
@@ -395,7 +395,7 @@ def test_an_optimizer_of_ours_that_is_dropped_is_refused():
 @pytest.mark.parametrize("way", ["mixin", "function"])
 @pytest.mark.parametrize("chained", [True, False])
 def test_a_schedule_that_is_dropped_is_refused(chained, way):
-    """Its rates would stay at the first step's, which a warmup has close to 0."""
+    """Its learning rates would stay at those of the first step, which are near 0 in a warmup."""
 
     bases = (MuonMixin, Bare) if way == "mixin" else (Bare,)
 

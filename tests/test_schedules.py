@@ -1,4 +1,4 @@
-"""Schedules: shapes, lengths, errors, and what they do to the learning rates of an optimizer."""
+"""Schedules: shapes, lengths, errors, and the resulting learning rates of an optimizer."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def two_groups(lrs=(0.1, 0.002)):
 
 
 def learning_rates(schedule, steps, optimizer=None):
-    """(steps, groups) learning rates that the steps of a run are taken with."""
+    """(steps, groups) learning rates of the steps of a run."""
     optimizer = optimizer or two_groups()
     scheduler = schedule.scheduler(optimizer, steps)
     rates = []
@@ -140,7 +140,7 @@ def test_a_group_added_during_the_run_has_its_rate_at_the_peak(schedule):
 
 
 def test_callbacks_that_add_groups_find_a_lambda_lr():
-    """finetuning-scheduler takes known schedulers only, and asks them for the multiplier of a new group."""
+    """finetuning-scheduler accepts known schedulers only, and asks them for the multiplier of a new group."""
     optimizer = two_groups()
     scheduler = Cosine(warmup=3).scheduler(optimizer, 12)
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)

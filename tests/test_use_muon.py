@@ -1,4 +1,4 @@
-"""UseMuon: modules of somebody else, unchanged."""
+"""UseMuon: modules of other authors, unchanged."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ class ManuallyScheduled(Scheduled):
 
 
 class TrainsByOtherMeans(Bare):
-    """As modules do that hand the training to pyro."""
+    """Like modules that leave the training to pyro."""
 
     automatic_optimization = False
 
@@ -178,7 +178,7 @@ def test_runs_under_pytorch_lightning(tmp_path):
 
 
 def test_attached_modules_can_be_copied_and_pickled():
-    """As ddp_spawn and weight averaging do."""
+    """ddp_spawn and weight averaging do this."""
     module, callback = seeded(), use(schedule=None)
     callback.attach(module)
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -188,7 +188,7 @@ def test_attached_modules_can_be_copied_and_pickled():
 
 
 def test_a_copy_after_a_fit_does_not_hold_the_module():
-    """Packages pickle the callbacks that they were given, and keep them among their hyperparameters."""
+    """Some packages pickle their callbacks and store them in their hyperparameters."""
     callback, module = use(), seeded()
     fit(module, callbacks=[callback])
     for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
@@ -198,7 +198,7 @@ def test_a_copy_after_a_fit_does_not_hold_the_module():
 
 
 def test_a_fit_of_no_batches():
-    """RecTools loads a model by a fit on nothing."""
+    """RecTools loads a model by a fit without batches."""
     module = seeded()
     before = weights(module)
     trainer(max_steps=-1, max_epochs=2, callbacks=[use()]).fit(module, torch.utils.data.DataLoader([]))
@@ -362,7 +362,7 @@ def test_two_of_them_are_refused():
 
 @pytest.mark.parametrize("first", ["validate", "fit"])
 def test_a_module_without_a_method_can_be_fitted_after_another_run(first):
-    """Lightning refuses a module that has no configure_optimizers when the next fit starts."""
+    """When the next fit starts, Lightning refuses a module without ``configure_optimizers``."""
     cli = MuonCLI(
         Bare, args=[], run=False, trainer_defaults={**QUIET, "max_epochs": 1}, save_config_callback=None,
         seed_everything_default=0,

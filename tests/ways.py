@@ -1,4 +1,4 @@
-"""The same fit by each of the ways into the package."""
+"""The same fit by each way to use the package."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def train(
     Args:
         way: one of ``WAYS``.
         kind: optimizer of the matrices.
-        lr: its learning rate.
-        other_lr: that of AdamW on the rest.
+        lr: learning rate of the matrices.
+        other_lr: learning rate of AdamW on the rest.
         schedule: the schedule.
-        data: what to train on; 4 batches unless given.
-        callbacks: of the Trainer.
-        ckpt_path: a checkpoint to go on from.
+        data: data module; 4 batches unless given.
+        callbacks: callbacks of the Trainer.
+        ckpt_path: a checkpoint to resume.
         classes: the module with the mixin and the same without it.
-        **kwargs: of the Trainer, which runs for ``max_epochs``.
+        **kwargs: arguments of the Trainer, which runs for ``max_epochs``.
     """
     torch.manual_seed(3)
     data = data or Items(4)

@@ -1,13 +1,13 @@
-"""Train and judge a recommender.
+"""Train and evaluate a recommender.
 
 Configs combine: first those of model and data, in any order, then those that change their settings::
 
     python -m examples.recsys fit -c configs/model/sasrec.yaml -c configs/data/beauty.yaml
     python -m examples.recsys fit -c configs/model/sasrec.yaml -c configs/data/beauty.yaml -c configs/optimizer/reg.yaml
 
-A run and its folder are called after model and data, as ``logs/SASRec_Beauty``, unless ``--trainer.logger.name`` says
-otherwise. After ``fit`` the best checkpoint is tested, and the popularity baseline beside it.
-``predict --ckpt_path best.ckpt`` with the same configuration writes recommendations to a file.
+A run and its folder have the name of model and data, as ``logs/SASRec_Beauty``, unless ``--trainer.logger.name`` is
+set. ``fit`` ends with a test of the best checkpoint and of the popularity baseline. ``predict --ckpt_path best.ckpt``
+with the same configuration writes recommendations to a file.
 """
 
 from __future__ import annotations

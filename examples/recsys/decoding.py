@@ -1,4 +1,4 @@
-"""Beam search over the semantic ids of a catalogue: every beam is the beginning of an item, none is ever invalid."""
+"""Beam search over the semantic ids of a catalogue. Every beam is a prefix of a real item, so none is invalid."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 NextLogProbs: TypeAlias = Callable[[Tensor], Tensor]
-"""Codes (B, K, l) of K beams a user, int64 -> log-probabilities (B, K, C) of the code at level l, for all C codes."""
+"""Maps codes (B, K, l) int64, of K beams per user, to log-probabilities (B, K, C) of the C codes at level l."""
 
 
 class PrefixTree(nn.Module):
-    """Which codes may follow which, as one table a level.
+    """A prefix tree of the codes of all items, as one table per level.
 
-    The nodes of a depth are the distinct beginnings of that many codes, numbered in their order; those of the last
-    depth are the leaves. Items with equal codes share a leaf. The tables are buffers that checkpoints leave out.
+    The nodes at depth l are the distinct prefixes of l codes, numbered in sorted order. The nodes at the last depth are
+    the leaves. Items with equal codes share a leaf. The tables are non-persistent buffers.
 
     Args:
         codes: (num_items, levels) int64 in [0, codebook_size); row ``j`` is item ``j + 1``.
-        codebook_size: codes a level, C.
+        codebook_size: number of codes per level, C.
 
     Raises:
-        ValueError: if a code is outside of that range.
+        ValueError: if a code is outside [0, codebook_size).
     """
 
     leaf_of_item: Tensor
@@ -38,7 +38,7 @@ class PrefixTree(nn.Module):
         self.levels = codes.shape[1]
         node = codes.new_zeros(len(codes))
         for level in range(self.levels):
-            # Number of the parent first, so that sorting these keys sorts the beginnings.
+            # The number of the parent comes first, so sorting these keys sorts the prefixes.
             keys, child = (node * codebook_size + codes[:, level]).unique(return_inverse=True)
             table = codes.new_full((int(node.max()) + 1, codebook_size), -1)
             table.view(-1)[keys] = torch.arange(len(keys), device=codes.device)
@@ -48,31 +48,31 @@ class PrefixTree(nn.Module):
         self.register_buffer("leaf_of_item", node, persistent=False)
 
     def successors(self, level: int) -> Tensor:
-        """(nodes, C) int64: node of the next depth for each code at ``level``, -1 where no item goes on so."""
+        """Node of the next depth for each code at ``level``, -1 where no item has that prefix: (nodes, C) int64."""
         return self.get_buffer(f"successors_{level}")
 
     def num_nodes(self, depth: int) -> int:
-        """How many distinct beginnings of ``depth`` codes there are."""
+        """Number of distinct prefixes of ``depth`` codes."""
         return len(self.successors(depth)) if depth < self.levels else self.num_leaves
 
 
 def beam_search(
     next_log_probs: NextLogProbs, tree: PrefixTree, batch_size: int, num_beams: int
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest leaves of a tree for each user: exact where ``num_beams`` is no less than the leaves.
+    """Find the most likely leaves of a tree for each user. Exact if there are as many beams as leaves.
 
     A leaf's score is the sum of the log-probabilities of its codes. All beams of all users advance by table look-ups,
-    level after level, without a word to the host.
+    level after level, without synchronizing with the device.
 
     Args:
-        next_log_probs: the model, called once a level.
-        tree: of the catalogue.
-        batch_size: users, B.
-        num_beams: beams a user, K at most.
+        next_log_probs: the model, called once per level.
+        tree: prefix tree of the catalogue.
+        batch_size: number of users, B.
+        num_beams: number of beams per user; K is at most this.
 
     Returns:
-        Leaves (B, K) int64 and their scores (B, K) float32, best first. K is ``num_beams`` or what the tree allows;
-        beams that found no leaf of their own have the score -inf.
+        Leaves (B, K) int64 and their scores (B, K) float32, best first. K is ``num_beams``, or less where the tree has
+        fewer leaves. Beams without a leaf of their own have the score -inf.
     """
     device = tree.leaf_of_item.device
     nodes = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -81,7 +81,7 @@ def beam_search(
     for level in range(tree.levels):
         children = tree.successors(level)[nodes]
         log_probs = next_log_probs(prefixes).float()
-        # For topk a NaN is the largest of all.
+        # topk ranks NaN above all other values.
         impossible = (children < 0) | log_probs.isnan()
         candidates = (scores[:, :, None] + log_probs).masked_fill(impossible, -torch.inf)
         beams = min(num_beams, tree.num_nodes(level + 1), candidates[0].numel())
@@ -94,10 +94,10 @@ def beam_search(
 
 
 def item_scores(leaves: Tensor, scores: Tensor, tree: PrefixTree) -> Tensor:
-    """Scores (B, num_items) of all items from leaves (B, K) and their scores; -inf for items that no beam reached.
+    """Turn leaves (B, K) and their scores into scores (B, num_items) of all items, -inf for items that no beam reached.
 
     Items that share a leaf have equal scores.
     """
     by_leaf = scores.new_full((len(leaves), tree.num_nodes(tree.levels)), -torch.inf)
-    # A beam that found nothing may stand on the leaf of another: the larger score is the leaf's.
+    # A beam with the score -inf may have the leaf of another beam, so take the larger score.
     return by_leaf.scatter_reduce(1, leaves, scores, "amax")[:, tree.leaf_of_item]

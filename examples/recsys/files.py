@@ -1,4 +1,4 @@
-"""Files that get their name when they are whole: an interrupted program leaves none that looks complete."""
+"""Files that get their final name once complete, so an interrupted program leaves no file that looks complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any
 
 
 class UnfinishedFile:
-    """A name beside that of a file, which what is written there gets by :meth:`finish`. Missing folders are made."""
+    """A temporary file that :meth:`finish` renames to ``path``. Missing folders are created."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
@@ -19,7 +19,7 @@ class UnfinishedFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def open_text(self) -> IO[Any]:
-        """A text file to write, compressed where the name ends in ``.gz``."""
+        """Open the temporary file for writing text, gzipped if ``path`` ends in ``.gz``."""
         opener: Any = gzip.open if self.path.suffix == ".gz" else open
         file: IO[Any] = opener(self.part, "wt", encoding="utf-8", newline="")
         return file
@@ -33,7 +33,7 @@ class UnfinishedFile:
 
 @contextmanager
 def unfinished(path: str | os.PathLike[str]) -> Iterator[UnfinishedFile]:
-    """Finishes the file at the end, or discards it after an error."""
+    """Context of an :class:`UnfinishedFile`: finishes it at the end, or discards it after an error."""
     file = UnfinishedFile(path)
     try:
         yield file
@@ -44,6 +44,6 @@ def unfinished(path: str | os.PathLike[str]) -> Iterator[UnfinishedFile]:
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write a text file of lines, which have no line end of their own, whole or not at all."""
+    """Write lines, given without line ends, to a text file. An error leaves no partial file."""
     with unfinished(path) as unfinished_file, unfinished_file.open_text() as file:
         file.writelines(f"{line}\n" for line in lines)

@@ -1,7 +1,7 @@
-"""Full-ranking metrics for one relevant item a sample: Recall@K and NDCG@K from the rank of the target.
+"""Full-ranking metrics with one relevant item per sample: Recall@K and NDCG@K from the rank of the target.
 
-The rank is counted, not sorted, so nothing but two sums is kept; torchmetrics' retrieval metrics give the same values
-but store every score.
+The rank comes from counting, not from sorting, so the state of a metric is two sums. The retrieval metrics of
+torchmetrics give the same values but store every score.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from torchmetrics import Metric
 
 
 def target_ranks(scores: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:
-    """Rank of each target among all columns of its row, 1 for the best.
+    """Compute the rank of each target among all columns of its row, 1 for the best.
 
-    Ties, and scores that are NaN, are resolved against the model: a column that is not strictly below the target stands
-    before it.
+    Ties and NaN scores count against the model: a column ranks before the target unless its score is strictly lower.
 
     Args:
         scores: (B, N), higher is better.
         targets: (B,) columns in [0, N).
-        exclude: (B, S) columns taken out of the ranking, such as the items already seen; -1 fills shorter rows.
-            A target is ranked even where it is listed.
+        exclude: (B, S) columns left out of the ranking, such as items already seen; -1 fills shorter rows. A target
+            that is listed here is ranked all the same.
 
     Returns:
         (B,) ranks in [1, N], int64.
 
     Raises:
-        ValueError: if the shapes do not fit together or an index is outside of [0, N).
+        ValueError: if the shapes do not match or an index is outside [0, N).
 
     Example::
 
@@ -55,16 +54,18 @@ def recall_at_k(ranks: Tensor, k: int) -> Tensor:
 def ndcg_at_k(ranks: Tensor, k: int) -> Tensor:
     """``1 / log2(1 + rank)`` where the target is among the first ``k``, else 0: (B,) ranks from 1 -> (B,) float32.
 
-    With one relevant item the ideal DCG is 1, so this is the normalised gain.
+    With one relevant item the ideal DCG is 1, so this is the normalized gain.
     """
     return recall_at_k(ranks, k) / torch.log2(ranks.float() + 1)
 
 
 class RankMetric(Metric):
-    """Mean over all samples of a value of the target's rank; sums over processes, so uneven shares weigh right.
+    """Mean over all samples of a function of the target's rank.
+
+    Processes add up sums and counts, so the mean is exact when they have different numbers of samples.
 
     Args:
-        k: how many of the first recommendations count.
+        k: number of top recommendations that count.
 
     Raises:
         ValueError: if ``k`` is below 1.
@@ -85,17 +86,17 @@ class RankMetric(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def value(self, ranks: Tensor) -> Tensor:
-        """What one sample counts: (B,) ranks -> (B,)."""
+        """Value of each sample: (B,) ranks -> (B,)."""
         raise NotImplementedError
 
     def update(self, ranks: Tensor) -> None:
         """Add a batch of ranks (B,), 1 for the best, from :func:`target_ranks`."""
-        # Not in place: `Trainer.validate` resets in inference mode, and a `fit` could not change what that leaves.
+        # Not in place: `Trainer.validate` resets in inference mode; a later `fit` cannot modify inference tensors.
         self.total = self.total + self.value(ranks).sum()
         self.count = self.count + ranks.numel()
 
     def compute(self) -> Tensor:
-        """The mean over all samples of all processes; NaN where there was none."""
+        """Mean over all samples of all processes; NaN if there are none."""
         return self.total / self.count
 
 
@@ -107,7 +108,7 @@ class Recall(RankMetric):
 
 
 class NDCG(RankMetric):
-    """Normalised discounted cumulative gain at ``k`` with one relevant item a sample."""
+    """Normalized discounted cumulative gain at ``k`` with one relevant item per sample."""
 
     def value(self, ranks: Tensor) -> Tensor:
         return ndcg_at_k(ranks, self.k)

@@ -1,4 +1,4 @@
-"""Recommendations of a model as a file, with the titles of the items, and a few of them in print."""
+"""A callback that writes recommendations with item titles to a file and prints a few of them."""
 
 import csv
 from collections.abc import Sequence
@@ -23,25 +23,27 @@ COLUMNS = ("user", "rank", "item", "title", "score")
 
 
 class RecommendationWriter(BasePredictionWriter):
-    """Writes what ``Trainer.predict`` recommends to a CSV file, one row a recommendation.
+    """Writes the recommendations of ``Trainer.predict`` to a CSV file, one row per recommendation.
 
-    The columns are ``user,rank,item,title,score``: users and items go by their ids in the source of the data, or by
-    their numbers from 1 where it has none, ``rank`` counts from 1 for the best. Where a model knows fewer items for a
-    user than asked for, the user has fewer rows, with a warning. The file is there when all users are, and not before.
+    The columns are ``user,rank,item,title,score``. Users and items have their ids in the source of the data, or numbers
+    from 1 if the source has no ids. ``rank`` is 1 for the best. If a model finds fewer than ``top_k`` items for a user,
+    the user has fewer rows, and there is a warning. The file appears when all users are written.
 
-    Several processes write a file each, ``rank0.<name>``, ``rank1.<name>``, ..., which have every user once in all.
+    With several processes each writes its own file, ``rank0.<name>``, ``rank1.<name>``, ...; each user is in one of
+    them.
 
-    The callback does nothing but in ``predict``. There ``return_predictions=False`` spares the memory.
+    The callback acts only in ``predict``. There ``return_predictions=False`` saves memory.
 
     Args:
-        path: where the file goes; its folder is made. Gzipped if it ends in ``.gz``.
-        top_k: recommendations a user.
-        show: users to print, with as many of the latest items of their history as recommendations; 0 prints nothing.
+        path: path of the file; its folder is created. Gzipped if it ends in ``.gz``.
+        top_k: number of recommendations per user.
+        show: number of users to print, each with the recommendations and the latest ``top_k`` items of the history; 0
+            prints nothing.
 
     Raises:
         ValueError: if ``top_k`` is below 1 or ``show`` below 0.
-        TypeError: at the start of ``predict``, if the model is no :class:`Recommender` or there is no
-            :class:`SequenceDataModule`, which names users and items.
+        TypeError: at the start of ``predict``, if the model is not a :class:`Recommender`, or there is no
+            :class:`SequenceDataModule` to name users and items.
 
     Example::
 
@@ -64,12 +66,12 @@ class RecommendationWriter(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(pl_module, Recommender) or not isinstance(data, SequenceDataModule):
             raise TypeError(
-                "RecommendationWriter writes what a Recommender says of a SequenceDataModule, got "
+                "RecommendationWriter needs a Recommender and the users of a SequenceDataModule, got "
                 f"{type(pl_module).__name__} and {type(data).__name__}: give both to Trainer.predict."
             )
         pl_module.num_recommendations = self.top_k
         self._users, self._items = data.user_names(), data.item_names()
-        # Titles may have to be downloaded, which one process does for all of a node.
+        # Titles may have to be downloaded; one process does this for all on its node.
         if trainer.local_rank == 0:
             self._titles = data.item_titles()
         trainer.strategy.barrier("titles are there")
@@ -100,10 +102,10 @@ class RecommendationWriter(BasePredictionWriter):
             )
             if self._table.row_count < self.show:
                 history = [item for item in seen if item != PADDING]
-                self._table.add_row(self._users[user], self._in_print(history[-self.top_k :]), self._in_print(items))
+                self._table.add_row(self._users[user], self._as_text(history[-self.top_k :]), self._as_text(items))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Each process waits for all: no file gets its name where one of them failed.
+        # Each process waits for all others, so no file gets its name if one of them failed.
         counts = torch.tensor([self._total, self._short], device=pl_module.device)
         total, short = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self._file.finish()
@@ -114,7 +116,7 @@ class RecommendationWriter(BasePredictionWriter):
             rank_zero_warn(
                 f"{counted(short, f'of {total} users has', f'of {total} users have')} fewer than top_k={self.top_k} "
                 "recommendations: the model scores no more items that are not left out. A beam search finds more with "
-                "more beams."
+                "a larger num_beams."
             )
         console = rich.get_console()
         if self._table.row_count:
@@ -132,12 +134,12 @@ class RecommendationWriter(BasePredictionWriter):
         path = Path(self.path).expanduser()
         return path if trainer.world_size == 1 else path.with_name(f"{rank}.{path.name}")
 
-    def _in_print(self, items: list[int]) -> Text:
+    def _as_text(self, items: list[int]) -> Text:
         return Text("\n".join(self._titles[item - 1] for item in items), overflow="ellipsis", no_wrap=True)
 
 
 class _UnfinishedTable:
-    """A CSV file that gets its name when it is whole."""
+    """A CSV file that gets its name when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self.whole = UnfinishedFile(path)

@@ -1,14 +1,14 @@
-"""Time in which generative recommenders rank the catalogue for 1,000 users by a constrained beam search.
+"""Time of generative recommenders to rank the catalogue for 1,000 users by a constrained beam search.
 
     python -m tests.benchmarks.beam_search [--device cpu|cuda] [--beams 50] [--users 1000] [--rounds 3] [--threads 1]
 
-A catalogue of the size of Amazon Beauty: 12,101 items, each with four of 256 codes a level, drawn at random, all
-distinct; histories are 20 random items. TIGER has the sizes of the paper (arXiv 2305.05065), the language model of
-semantic ids its defaults, and both random weights. What is timed is all that evaluation does but the metrics: the
-history is read, the beams are searched, the items are scored.
+The catalogue has the size of Amazon Beauty: 12,101 items with four random codes of 256 per level, all distinct.
+Histories are 20 random items. TIGER has the sizes of the paper (arXiv 2305.05065), the language model of semantic ids
+its defaults; both have random weights. The time includes all of the evaluation except the metrics: reading the history,
+the beam search, and scoring the items.
 
-Models in float32 and under bfloat16 autocast take turns, in an order that rotates, so that a busy machine slows all of
-them. The first, untimed round ranks one batch. Figures are medians over rounds (min-max), as if there were 1,000 users.
+Models in float32 and under bfloat16 autocast take turns in a rotating order, so a busy machine slows all of them. The
+first, untimed round ranks one batch. Figures are medians over rounds (min-max), scaled to 1,000 users.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Ranking: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def run(compared: dict[str, Ranking], histories: Tensor, batch_size: int, rounds: int, device: torch.device) -> Table:
-    """Measure all contenders; seconds are of as many users as there are, figures of 1,000."""
+    """Measure all contenders; times are in seconds for the users of the run, figures for 1,000 users."""
     batches = histories.split(batch_size)
     for rank in compared.values():
         timed(rank, batches[:1], device)
@@ -86,7 +86,7 @@ def run(compared: dict[str, Ranking], histories: Tensor, batch_size: int, rounds
 
 
 def contenders(beams: int, device: torch.device) -> dict[str, Ranking]:
-    """Scores (B, num_items) from histories (B, T), a model and precision."""
+    """Functions from histories (B, T) to scores (B, num_items), one per model and precision."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "codes.csv")
         random_codes().write(path)
@@ -99,7 +99,7 @@ def contenders(beams: int, device: torch.device) -> dict[str, Ranking]:
 
 
 def random_codes() -> SemanticIds:
-    """All distinct; of so many items every code of a level occurs."""
+    """Random codes, all distinct; there are enough items for every code of a level to occur."""
     numbers = torch.randint(CODEBOOK_SIZE**LEVELS, (2 * NUM_ITEMS,)).unique()
     numbers = numbers[torch.randperm(len(numbers))[:NUM_ITEMS]]
     places = CODEBOOK_SIZE ** torch.arange(LEVELS)
@@ -113,7 +113,7 @@ def rank(model: GenerativeRecommender, mixed: bool, histories: Tensor) -> Tensor
 
 
 def timed(rank: Ranking, batches: tuple[Tensor, ...], device: torch.device) -> float:
-    """Seconds to rank all batches, with the device's work done."""
+    """Seconds to rank all batches, including the work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,18 +1,18 @@
-"""What the three monitors cost in training, step by step within runs of a Trainer.
+"""Cost of the three monitors in training, step by step within runs of a Trainer.
 
     python -m tests.benchmarks.monitors [--cases sasrec transformer] [--steps N] [--rounds N] [--threads 1]
         [--data_dir ../shared/data/amazon2014] [--device cpu] [--clock wall] [--whole]
 
-Whole runs differ by more than 1 % on a busy machine. So a run with monitors measures every second step, and what a
-measured step takes longer than the steps beside it is a cost; the same of a run without monitors, on the same batches
-and with a logger that writes at the same steps, is taken off. A step is everything from the start of a batch to the
+Whole runs differ by more than 1 % on a busy machine. So a run with monitors measures every second step, and the cost
+is the excess of a measured step over its neighbours. From this the same excess in a run without monitors is subtracted,
+with the same batches and a logger that writes at the same steps. A step is everything from the start of a batch to the
 start of the next one: data, forward and backward pass, optimizer, hooks, logger. Runs with and without monitors, and
 the optimizers, alternate; figures are medians over rounds (min-max). The optimizers are Muon, which shows its updates,
-and AdamW for all matrices, of which the monitors take differences of weights.
+and AdamW for all matrices, where the monitors take differences of weights.
 
-``--clock cpu`` counts the time that the process has a processor, over all its threads: with one thread, on a machine
-that others use, about the figures of a quiet one. With ``--whole`` the cost of a measurement also comes from whole
-runs: with one at every step, against none.
+``--clock cpu`` counts the CPU time of the process over all its threads. With one thread, on a shared machine, it gives
+about the figures of an idle one. With ``--whole`` the cost of a measurement also comes from whole runs, with a
+measurement at every step against none.
 """
 
 from __future__ import annotations
@@ -168,12 +168,12 @@ def by_step(control: Times, watched: Times) -> dict[str, float]:
 
 
 def by_run(control: Times, watched: Times) -> float:
-    """Milliseconds of a measurement, from the mean steps of a run that measures at each of them and of one without."""
+    """Milliseconds per measurement, from the mean step of a run that measures every step and of one that never does."""
     return 1e3 * (mean(watched.steps[WARM_UP:]) - mean(control.steps[WARM_UP:]))
 
 
 def excess(control: Times, watched: Times, steps: Sequence[int]) -> float:
-    """How much longer some steps take than the mean of the two beside them, and that more than without monitors."""
+    """Excess of some steps over the mean of their two neighbours, less the same excess without monitors."""
 
     def over(seconds: Sequence[float], k: int) -> float:
         return seconds[k] - (seconds[k - 1] + seconds[k + 1]) / 2
@@ -239,7 +239,7 @@ def now(clock: Clock, device: torch.device) -> float:
 
 
 class First(pl.Callback):
-    """Before all others: times steps, and opens the hooks that :class:`Last` closes."""
+    """The first callback: times steps, and starts the timing of hooks that :class:`Last` ends."""
 
     def __init__(self, clock: Clock) -> None:
         self.now = clock
@@ -268,7 +268,7 @@ class First(pl.Callback):
 
 
 class Last(pl.Callback):
-    """After all others: how long they took in the hooks of the run and of its last epoch."""
+    """The last callback: the time of all others in the hooks of the run and of its last epoch."""
 
     def __init__(self, first: First) -> None:
         self.first = first
@@ -306,7 +306,7 @@ def sasrec(data_dir: str) -> Case:
 
 
 def transformer(data_dir: str) -> Case:
-    """A small language model on random tokens, which take as long as others."""
+    """A small language model on random tokens, which take as long as real ones."""
     models: dict[str, Callable[[], pl.LightningModule]] = {
         "Muon": Transformer,
         "AdamW": partial(Transformer, matrix_optimizer=partial(torch.optim.AdamW, lr=3e-4)),

@@ -1,15 +1,15 @@
-"""Time of ``optimizer.step()``: ours against torch's and, where installed, pytorch-optimizer's; and of every rule.
+"""Time of ``optimizer.step()``: ours, torch's and, if installed, pytorch-optimizer's; also of every rule.
 
     python -m tests.benchmarks.optimizer_step [--cases sasrec t5_d128 ...] [--rounds 15] [--threads 2] [--dtype float32]
     python -m tests.benchmarks.optimizer_step --rules [...]
 
-Every contender steps once a round, in an order that rotates, so that a busy machine slows all of them. Ratios are
-formed within each round and given as median (min-max). All train the same parameters with the same gradients; the
-matrices go to Muon with five Newton-Schulz steps in the contender's default precision, the rest to fused AdamW.
+Every contender steps once per round, in a rotating order, so a busy machine slows all of them. Ratios are formed
+within each round and given as median (min-max). All train the same parameters with the same gradients. The matrices go
+to Muon with five Newton-Schulz steps in the contender's default precision, the rest to fused AdamW.
 
 With ``--rules`` the contenders are all rules of this package on the matrices alone, each with its defaults, and the
-table has their state per weight. The rounds after a rule's first steps are timed: what a rule does every 2,000 steps
-(Conda's basis) is only in the first.
+table has their state per weight. The timed rounds come after a rule's first steps. So work that is done every 2,000
+steps (Conda's basis) is only in the untimed ones.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def rules() -> dict[str, Contender]:
 
 
 def contenders() -> dict[str, Contender]:
-    """Ours and others', each for matrices and rest."""
+    """Our optimizer and those of others, each for matrices and rest."""
 
     def adamw(matrices: list[nn.Parameter], rest: list[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW([*matrices, *rest], fused=True)
@@ -197,7 +197,7 @@ def make_parameters(
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one step, with the device's work done."""
+    """Seconds of one step, including the work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Trainers without a logger write to the current directory: here an empty one."""
+"""Trainers without a logger write to the current directory, so each test gets an empty one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the monitors logged, what optimizers really did, and the two compared.
+"""Values logged by the monitors, actual updates of the optimizers, and their comparison.
 
 References are formulas over numpy's float64 singular values, one matrix at a time.
 """
@@ -107,10 +107,10 @@ class Records(Logger):
 
 
 class Recorder(pl.Callback):
-    """What optimizers really did, by the loggers' step: weights after it, and updates with the decay taken out.
+    """Weights after each step, and updates without the weight decay, by the loggers' step.
 
     Args:
-        decoupled: whether the optimizers shrink weights by ``1 - lr * weight_decay`` besides their update.
+        decoupled: whether the optimizers multiply weights by ``1 - lr * weight_decay`` besides their update.
     """
 
     def __init__(self, decoupled: bool = True) -> None:
@@ -217,7 +217,7 @@ def assert_values(
 
 
 def _close(value: float, reference: float, rtol: float, key: str) -> bool:
-    """Within ``rtol``, of what rounding leaves of it: singular values are known to 1e-5 of the largest."""
+    """Whether two values agree within ``rtol``, given that singular values are only known to 1e-5 of the largest."""
     if "condition_number" in key:
         value, reference = 1 / value, 1 / reference
     return abs(value - reference) <= rtol * abs(reference) + 1e-5
@@ -245,7 +245,7 @@ def all_three(every: int | None = 1, spectrum: int | None = None, **settings: An
 
 
 def only(steps: dict[int, Any], wanted: Iterable[int]) -> dict[int, Any]:
-    """Those of the steps that are wanted, all of which must be there."""
+    """The values at the wanted steps, all of which must exist."""
     return {step: steps[step] for step in wanted}
 
 
@@ -274,7 +274,7 @@ def assert_all(
 
 
 def decay_shows(recorder: Recorder) -> bool:
-    """Whether a monitor that forgot the decay would have logged something else."""
+    """Whether a monitor that ignores the weight decay would have logged something else."""
     key = "update_orthogonality_error"
     true, forgotten = (expected(key, steps, PAIR_MATRICES) for steps in (recorder.updates, recorder.with_decay))
     return any(

@@ -1,4 +1,4 @@
-"""The three monitors in a Trainer: how they are made, modules to watch, and a logger that keeps what they log."""
+"""The three monitors in a Trainer: their construction, modules to watch, and a logger that stores their values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Plain(Bare):
 
 
 class Dropped(Net):
-    """Draws random numbers at each step."""
+    """Has dropout, which draws random numbers at each step."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         items, targets = batch

@@ -1,4 +1,4 @@
-"""What the tests of the monitors watch: a module with every kind of matrix, and slices of it written by hand."""
+"""Subjects of the monitors' tests: a module with every kind of matrix, and slices of it written by hand."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class MuonZoo(MuonMixin, Zoo):
 
 
 class Pair(pl.LightningModule):
-    """Two matrices, for what does not depend on the kind of matrix: ``tall`` (20, 8) and ``wide`` (8, 20)."""
+    """Two matrices, ``tall`` (20, 8) and ``wide`` (8, 20), for tests in which the kind of matrix does not matter."""
 
     def __init__(
         self, make_optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None, **kwargs

@@ -1,4 +1,4 @@
-"""Layers that join a running fit are trained, by the optimizer of their role; what is not trained is named."""
+"""Layers that are added during a fit are trained by the optimizer of their role; untrained parameters are named."""
 
 import logging
 
@@ -20,7 +20,7 @@ MATRICES = ("layers.up.weight", "layers.down.weight")
 
 
 class Freeze(pl.Callback):
-    """Frozen from the start but for the head, unfrozen in the second epoch, all or some."""
+    """Freezes all but the head at the start, and unfreezes all or some in the second epoch."""
 
     def __init__(self, names=("up", "down", "embed"), thaw=None):
         self.names, self.thaw = names, thaw or names
@@ -119,7 +119,7 @@ class MixedBare(MuonMixin, Bare):
 @EVERY_WAY
 @pytest.mark.parametrize("deep", [True, False], ids=["deep head", "single head"])
 def test_backbone_finetuning(way, deep):
-    """Also from a net whose only trainable layer is a head, so that the matrix optimizer starts with nothing."""
+    """Also if a head is the only trainable layer, so that the matrix optimizer starts without parameters."""
     classes = (finetuned(MixedBare, deep), finetuned(WithOptimizer, deep))
     before = {}
 
@@ -138,7 +138,7 @@ def test_backbone_finetuning(way, deep):
 
 
 class Adapter(nn.Module):
-    """An adapter in the manner of LoRA, put in while the fit runs."""
+    """A LoRA-like adapter that is added during the fit."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def test_layers_that_are_new_are_trained_and_named(way, kind, caplog):
 @EVERY_WAY
 def test_a_parameter_in_no_optimizer_is_named_once(way, recwarn):
     class Outside(pl.Callback):
-        """A parameter that is put in after the batch has started."""
+        """A parameter that is added after the batch has started."""
 
         def on_before_zero_grad(self, trainer, pl_module, optimizer):
             if not hasattr(pl_module, "late"):
@@ -218,7 +218,7 @@ def test_nothing_is_said_of_an_ordinary_fit(way, recwarn):
 
 
 def test_a_layer_that_takes_anothers_place_joins_once(caplog, recwarn):
-    """The number of parameters is what it was."""
+    """The number of parameters does not change."""
 
     class Replaces(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):

@@ -1,4 +1,4 @@
-"""What a resumed run goes on with is what its checkpoint has, and where that is not what was given, a line says so."""
+"""A resumed run keeps the settings of its checkpoint; a warning names those that differ from the given ones."""
 
 from functools import partial
 
@@ -110,7 +110,7 @@ def test_schedulers_of_the_modules_own_say_nothing(kind, saved, recwarn, monkeyp
 @EVERY_WAY
 @pytest.mark.parametrize("schedule", [None, Linear()], ids=str)
 def test_weight_averaging_goes_on(way, schedule, tmp_path, recwarn):
-    """It has a scheduler of its own, and takes away the other."""
+    """It has its own scheduler and removes the other."""
 
     class Save(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -154,7 +154,7 @@ def test_the_state_of_another_optimizer_is_refused(way, kind, saved):
 @pytest.mark.parametrize("own", [True, False], ids=["to its own scheduler", "from its own scheduler"])
 def test_a_scheduler_of_another_kind_is_named(way, own, saved, recwarn):
     class Steps(pl.Callback):
-        """Puts a scheduler of torch in place of ours."""
+        """Replaces our scheduler by one of torch."""
 
         def on_fit_start(self, trainer, pl_module):
             for config in trainer.lr_scheduler_configs:

@@ -1,4 +1,4 @@
-"""One truth: the table, the checkpoint and the monitors show the partition of the running optimizer."""
+"""The table, the checkpoint and the monitors all show the partition of the running optimizer."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ SPLIT = ParameterRule(pattern="layers.up.weight", split=2)
 
 
 class RuledInCode(Bare):
-    """Its rules are known to the optimizer only."""
+    """Its rules are set in code, so only the optimizer has them."""
 
     rules = (RULE,)
 
@@ -39,7 +39,7 @@ class ByHand(Bare):
 
 
 class OfParts(Bare):
-    """Two hybrids whose partitions have names of their own."""
+    """A hybrid of one part, with names relative to that part, and an SGD of the rest."""
 
     automatic_optimization = False
 
@@ -125,7 +125,7 @@ def test_a_module_without_an_optimizer_of_ours_is_shown_as_it_would_be(capsys):
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_later_fit_of_another_module_shows_it_only_where_asked(asked, capsys):
-    """A Trainer keeps its callbacks."""
+    """A Trainer keeps its callbacks for later fits."""
     summary = [PartitionSummary()] if asked else []
     used = fit(Net(), enable_model_summary=True, callbacks=summary, max_steps=-1, max_epochs=1)
     assert "matrix: 2 matrices" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The end of a schedule is the end of the run, in every way in which a run's length changes."""
+"""A schedule ends with the run, however the length of the run changes."""
 
 import csv
 import time
@@ -65,7 +65,7 @@ def whole(schedule, steps):
 @EVERY_WAY
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "schedulefree"])
 def test_accumulation_that_changes_between_epochs(way, kind):
-    """Lightning's own estimate knows the accumulation of the first epoch only."""
+    """Lightning's estimate uses the accumulation of the first epoch only."""
     schedule = Linear(warmup=2)
     seen, _ = fit(schedule, Items(8), GradientAccumulationScheduler({0: 1, 2: 4}), way=way, kind=kind, max_epochs=4)
     assert seen == whole(schedule, 8 + 8 + 2 + 2)
@@ -140,7 +140,7 @@ def test_data_of_unknown_length_tells_its_length_in_the_first_epoch():
 
 
 class Clock(Timer):
-    """A Timer whose clock is the number of steps: a second each."""
+    """A Timer whose clock counts steps, one second each."""
 
     def __init__(self, duration):
         super().__init__(duration=duration)
@@ -194,7 +194,7 @@ def test_a_learning_rate_monitor_logs_the_rates_that_are_used(tmp_path):
 
 
 def with_rate(lr, way="mixin", schedule=None):
-    """A module with an attribute for Lightning's finder, and callbacks, at one rate for all."""
+    """A module with an attribute for Lightning's finder, and callbacks, with one learning rate for all groups."""
     settings = {
         "matrix_optimizer": partial(Muon, lr=lr[0]),
         "other_optimizer": partial(torch.optim.AdamW, lr=lr[1]),
@@ -269,7 +269,7 @@ def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwa
 
 
 def test_max_time_under_manual_optimization():
-    """Without a number of steps the rate would stay at the start of the warmup, which is 0."""
+    """Without a number of steps the learning rate would stay at the start of the warmup, which is 0."""
 
     class Manual(MuonMixin, Bare):
         automatic_optimization = False

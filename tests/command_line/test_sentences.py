@@ -1,4 +1,4 @@
-"""A wrong command line ends in at most eight lines that hold the cause and near names."""
+"""A wrong command line ends in at most eight lines with the cause and similar names."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def only_the_arguments_given(monkeypatch):
 
 
 def refusal(capsys, classes, *args):
-    """What is printed to stderr when the command line is refused; at most eight lines."""
+    """The output to stderr of a refused command line; at most eight lines."""
     with pytest.raises(SystemExit) as error:
         MuonCLI(*classes, args=[str(arg) for arg in args], save_config_callback=None, trainer_defaults=QUIET)
     assert error.value.code == 2
@@ -252,7 +252,7 @@ def test_the_whole_report_stays_reachable(monkeypatch, capsys):
 
 
 def test_a_report_that_is_not_known_is_shown_as_it_is():
-    """Sentences of constructors come out of the layers around them, whole."""
+    """Messages of constructors are shown in full, without the layers around them."""
     report = (
         'Parser key "model":\n  Does not validate against any of the Union subtypes\n  Subtypes: [<class '
         "'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]\n  Errors:\n    - Problem with given "
@@ -299,7 +299,7 @@ def test_what_is_refused_later_ends_without_a_traceback(options, expected, capsy
 @pytest.mark.parametrize("by_path", [False, True], ids=["class", "class path"])
 @pytest.mark.parametrize(("model", "takes"), [("Net", True), ("TakesNoSettings", False)])
 def test_settings_at_the_top_level_for_a_module_with_the_mixin(model, takes, by_path):
-    """What its __init__ has to do is said only where it does not do it."""
+    """The advice about its __init__ is given only if it does not pass settings on."""
     classes = BY_PATH if by_path else ({"Net": Net, "TakesNoSettings": TakesNoSettings}[model], Items)
     paths = (f"--model={HELPERS if takes else __name__}.{model}", PATHS[1]) if by_path else ()
     with pytest.raises(ValueError, match=r"use --model\.matrix_optimizer ") as error:
@@ -315,7 +315,7 @@ def test_settings_at_the_top_level_for_a_module_with_the_mixin(model, takes, by_
 
 
 class TakesNoSettings(Net):
-    """Hands no settings on to the mixin."""
+    """Passes no settings on to the mixin."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width=width)
@@ -327,7 +327,7 @@ def test_in_python_it_is_raised_without_layers_around_it():
 
 
 class Faulty(Net):
-    """Has a fault of its own."""
+    """Raises an error that is not about settings."""
 
     def training_step(self, batch, batch_idx):
         raise ValueError("a fault of the user's")

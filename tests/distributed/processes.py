@@ -1,7 +1,7 @@
 """Runs functions in several gloo processes on the loopback device, with a time limit.
 
-Processes are forked off one that has imported what takes seconds, and has run nothing. The limit is far above what they
-take, for machines on which other tests run beside them.
+Processes are forked from one that has done the slow imports and nothing else. The limit is far above the usual time,
+for machines on which other tests run at the same time.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def state_tensors(result: dict[str, Any]) -> list[Tensor]:
 
 
 def unequal(rank: int, checkpoint: str) -> dict[str, Any]:
-    """A part of the net that no rank uses, and a matrix that is frozen."""
+    """A net with a part that no rank uses and a frozen matrix."""
     net = Net()
     net.register_module("unused", nn.Linear(8, 8))
     net.attention.out_proj.weight.requires_grad_(False)
@@ -117,7 +117,7 @@ def other_rules(rank: int, checkpoint: str) -> dict[str, Any]:
 
 
 def refused(rank: int, checkpoint: str) -> dict[str, Any]:
-    """A rule that needs the loss, of which each rank has another."""
+    """A rule that needs the loss, which differs between ranks."""
     net = Net()
     wrapped = DistributedDataParallel(net)
     optimizer = build(wrapped, partial(SpecMuon, lr=0.02))
@@ -143,7 +143,7 @@ def alone() -> tuple[Net, HybridOptimizer, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, alone: Any) -> dict[str, list[dict[str, Any]]]:
-    """All runs of two processes; processes are slow to start, so all in one."""
+    """All runs with two processes at once, since processes are slow to start."""
     folder = tmp_path_factory.mktemp("ddp")
     torch.save({"weights": alone[0].state_dict(), "state": alone[2]["state"]}, folder / "checkpoint.pt")
     workers = {
@@ -184,7 +184,7 @@ def test_other_rules_keep_ranks_equal(ranks: Any, rule: str) -> None:
 
 
 def test_a_rule_that_needs_the_loss_is_refused(ranks: Any) -> None:
-    """On every rank and before anything moves: with a loss of their own the ranks would drift apart unseen."""
+    """On every rank, before weights change: with different losses the ranks would diverge without an error."""
     for result in ranks["refused"]:
         assert "2 processes" in result["message"]
         assert "Muon" in result["message"]

@@ -1,4 +1,4 @@
-"""Parameters sharded by FSDP2: matrix optimizers need whole matrices, and say so before training."""
+"""Parameters sharded by FSDP2: matrix optimizers need whole matrices and refuse shards before training."""
 
 from __future__ import annotations
 

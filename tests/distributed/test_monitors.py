@@ -38,7 +38,7 @@ SHOWN = {**SETTINGS, "plot": True, "print_table": True}
 
 
 class Sharded(pl.LightningModule):
-    """Matrices that two ranks can not share evenly, one of them frozen, one without gradients, one of a single row."""
+    """Matrices that do not divide evenly between two ranks; one is frozen, one has no gradients, one a single row."""
 
     def __init__(self, idle: bool = True) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Sharded(pl.LightningModule):
 
 
 class Weights(pl.Callback):
-    """Keeps the whole weights after each step; the first entry is before any."""
+    """Stores the whole weights after each step; the first entry is from before training."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Tensor]] = []
@@ -184,7 +184,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """All runs of two processes; processes are slow to start, so all in one."""
+    """All runs with two processes at once, since processes are slow to start."""
     workers = {
         worker.__name__: worker for worker in (ddp, sharded, sharded_by_default, sharded_alone, sharded_and_resumed)
     }
@@ -258,7 +258,7 @@ MOVED = ("body.0.weight", "body.4.weight", "body.6.weight")
 
 
 def expected(weights: list[dict[str, Tensor]]) -> dict[tuple[int, str], float]:
-    """What should be logged of each matrix, given the whole weights before the first and after each step."""
+    """Expected values of each matrix, given the whole weights before the first step and after each."""
     values = {}
     for step, (before, after) in enumerate(pairwise(weights)):
         due = {name for name in OF_WEIGHTS | OF_UPDATES if step % 2 or name not in CLOCKED}

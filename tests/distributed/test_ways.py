@@ -1,4 +1,4 @@
-"""Each way into the package with two processes: spawned or launched by Lightning, and those of torchrun."""
+"""Each way to use the package with two processes: spawned or launched by Lightning, or started by torchrun."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 
 class Write(pl.Callback):
-    """Writes what a process has trained, and by what."""
+    """Writes the optimizer and the trained weights of a process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ def fit_by_command_line(rank: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_spawned_processes_train_with_the_hybrid(way: str, tmp_path: Path) -> None:
-    """The Trainer is pickled for them, and what a callback or the command line gives its module goes along."""
+    """The Trainer is pickled for them, with all that a callback or the command line sets in its module."""
     with processes.spawned_by_fork_server():
         fit(way, tmp_path, "ddp_spawn")
     assert_equal(tmp_path)
@@ -75,7 +75,7 @@ def test_processes_of_torchrun_train_with_the_hybrid(tmp_path: Path) -> None:
 
 
 def test_processes_that_lightning_launches_train_with_the_hybrid(tmp_path: Path) -> None:
-    """The strategy ddp starts the script once more for each further process."""
+    """The strategy ddp starts the script again for each further process."""
     script = tmp_path / "main.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
@@ -92,14 +92,14 @@ def test_processes_that_lightning_launches_train_with_the_hybrid(tmp_path: Path)
 
 
 def test_layers_unfrozen_under_ddp_stay_equal(tmp_path: Path) -> None:
-    """DistributedDataParallel averages no gradient of what was frozen when it was built."""
+    """DistributedDataParallel does not average gradients of parameters that were frozen at its construction."""
     with processes.spawned_by_fork_server():
         fit("mixin", tmp_path, "ddp_spawn", Freeze(("up", "embed")))
     assert_equal(tmp_path)
 
 
 def assert_equal(folder: Path) -> None:
-    """Both processes trained by the same steps to the same weights."""
+    """Both processes took the same steps and have the same weights."""
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     expected: dict[str, Any] = {

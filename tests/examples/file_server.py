@@ -1,4 +1,4 @@
-"""A folder served on the loopback device, for the sources that download."""
+"""An HTTP server of a folder on the loopback device, for sources that download."""
 
 from __future__ import annotations
 

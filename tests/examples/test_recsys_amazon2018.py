@@ -1,4 +1,4 @@
-"""Amazon 2018: the prepared folders, and the sets made from reviews and metadata."""
+"""Amazon 2018: the prepared folders, and the data sets made from reviews and metadata."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def write_csv(folder: Path, text: str, name: str = "interactions.csv.gz") -> Ama
 
 @pytest.fixture
 def small(monkeypatch):
-    """What would have to be published for the small set to be right."""
+    """Replaces the published counts by those of the small set."""
     monkeypatch.setitem(PUBLISHED, OFFICE, Counts(2, 2, 6, 1, 1))
 
 
@@ -110,7 +110,7 @@ class TestSharedFolders:
 
     @pytest.mark.parametrize("category", [INDUSTRIAL, OFFICE])
     def test_published_splits_are_a_cut_of_targets_in_our_order(self, category):
-        """So the ties at the cuts are those of the published files."""
+        """This includes the ties at the borders between splits."""
         data = AmazonReviews2018(category, data_dir=str(SHARED))
         sequences = data.load_sequences()
         first = torch.zeros(len(sequences.items), dtype=torch.bool)
@@ -132,7 +132,7 @@ class TestSharedFolders:
         assert data.item_titles()[:2] == data.item_names()[:2] == data.user_names()[:2] == ["1", "2"]
 
     def test_names_are_those_of_the_files(self):
-        """They count items from 0, and have no rows of some users."""
+        """The files count items from 0 and lack rows of some users."""
         data = AmazonReviews2018(INDUSTRIAL, data_dir=str(SHARED))
         data.setup("predict")
         with gzip.open(data.path, "rt") as file:
@@ -189,7 +189,7 @@ class TestFromRawFiles:
         assert k_core(chain, 1) == chain
 
     def test_files_of_two_categories_get_a_sentence(self, tmp_path):
-        with pytest.raises(ValueError, match="leave no 5-core of titled items: are they of the same category"):
+        with pytest.raises(ValueError, match="leave no 5-core of titled items: check that they are complete"):
             self.preprocess(tmp_path, metadata=[{"asin": "OTHER", "title": "Other"}])
 
     @pytest.mark.parametrize("line", ['{"title": "no asin"}', "not json"])
@@ -264,7 +264,7 @@ class TestPreparedFiles:
             with pytest.warns(UserWarning, match=r"training has 2 of 100 targets \(2.0%\) and 2 of 9 users"):
                 data.setup("fit")
         else:
-            with pytest.raises(ValueError, match="the file is cut short, altered or of another category"):
+            with pytest.raises(ValueError, match="the file is truncated, altered or of another category"):
                 data.setup("fit")
 
     @pytest.mark.parametrize(
@@ -276,12 +276,12 @@ class TestPreparedFiles:
             (HEADER + "0,0,1,train\n0,2,2,train\n", r"line 3: item 2 is outside of 0..1: the file is damaged or of an"),
             (
                 HEADER + "0,0,1,train\n1,1,2,train\n0,1,2,test\n",
-                "line 4: user 0 was left before: sort the rows by user",
+                "line 4: user 0 has earlier rows: sort the rows by user",
             ),
             (HEADER + "0,0,2,train\n0,1,1,train\n", "interactions.csv.gz: User 1 has the time 2 before 1"),
-            (HEADER + "0,0,1,train\n0,1,2,dev\n", "line 3: expected whole numbers .* one of train, valid, test"),
-            (HEADER + "0,0,1,train\n0,x,2,train\n", "line 3: expected whole numbers for item and timestamp"),
-            (HEADER + "0,0,1,train\n0,1\n", "line 3: expected whole numbers for item and timestamp"),
+            (HEADER + "0,0,1,train\n0,1,2,dev\n", "line 3: expected integers .* one of train, valid, test"),
+            (HEADER + "0,0,1,train\n0,x,2,train\n", "line 3: expected integers for item and timestamp"),
+            (HEADER + "0,0,1,train\n0,1\n", "line 3: expected integers for item and timestamp"),
             (HEADER + GOOD + "2,1,5,train\n", "User 3 has 1 interaction, but a split by time needs 2"),
             (HEADER + GOOD, "gives 2 users, 2 items and 2 / 1 / 1 targets, but the published Office_Products has"),
         ],
@@ -318,7 +318,7 @@ def test_unknown_category_gets_a_sentence():
 
 
 def test_instruments_need_a_folder():
-    with pytest.raises(ValueError, match="Musical_Instruments is not made from the raw reviews: give the data_dir"):
+    with pytest.raises(ValueError, match="Musical_Instruments cannot be made from the raw reviews: give the data_dir"):
         AmazonReviews2018(INSTRUMENTS)
 
 

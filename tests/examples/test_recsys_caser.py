@@ -23,7 +23,7 @@ HISTORIES = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6, 5, 3, 5, 8, 9
 
 
 def reference_state(model: Caser, items: list[int]) -> Tensor:
-    """The state of one window, number by number."""
+    """The state of one window, element by element."""
     d = model.embedding.embedding_dim
     image = torch.zeros(model.window, d, dtype=torch.float64)
     for row, item in enumerate(items):
@@ -42,7 +42,7 @@ def reference_state(model: Caser, items: list[int]) -> Tensor:
 
 
 def wide_awake(model: Caser) -> Caser:
-    """Without dropout, and with items that differ by more than the bias."""
+    """A model without dropout whose items differ by more than the bias."""
     torch.nn.init.normal_(model.embedding.weight[1:].detach())
     return model.eval()
 

@@ -105,7 +105,7 @@ def fit_one_of_two(rank: int, folder: Path) -> str:
 
 @pytest.mark.distributed
 def test_two_processes_fit_test_and_compare(tmp_path):
-    """The popularity baseline is judged by all processes of the Trainer: one alone would wait for the others."""
+    """All processes evaluate the popularity baseline: one alone would wait for the others."""
     first, second = processes.run({"fit": fit_one_of_two}, tmp_path, args=(tmp_path,))["fit"]
     assert first.count("Test of the best checkpoint") == 1
     assert "Test of" not in second

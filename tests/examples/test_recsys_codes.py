@@ -1,4 +1,4 @@
-"""Semantic ids: what is read and written, what is refused, and what is reported of them."""
+"""Semantic ids: reading, writing, refused files, and statistics."""
 
 from __future__ import annotations
 

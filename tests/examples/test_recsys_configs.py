@@ -102,7 +102,7 @@ def test_a_combination_makes_a_model_and_its_data(recommender_parser, names, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", PIECES, ids=lambda path: path.stem)
 def test_a_piece_for_the_optimizer_combines_with_a_model_and_trains(recommender_parser, piece):
-    """It chooses the classes and the rates that it names, over those of the model's file, and weights stay finite."""
+    """Its classes and learning rates override those of the model's file, and weights stay finite."""
     chosen = yaml.safe_load(piece.read_text())["model"]["init_args"]
     words = [*on_synthetic("sasrec"), *files(f"optimizer/{piece.stem}")]
     made = recommender_parser.instantiate_classes(recommender_parser.parse_args([*words, "--data.num_users=64"]))
@@ -146,7 +146,7 @@ def test_pieces_for_the_trainer_combine_with_a_model_and_an_optimizer(recommende
 
 @pytest.mark.parametrize("folder", ["configs", "examples", "docs", "README.md", "Makefile"])
 def test_commands_name_files_that_exist(folder):
-    """In comments, docstrings and documents; what has capitals stands for several."""
+    """In comments, docstrings and documents; a name with capitals is a placeholder."""
     places = [ROOT / folder] if (ROOT / folder).is_file() else sorted((ROOT / folder).rglob("*.*"))
     texts = [path.read_text() for path in places if path.suffix in ("", ".yaml", ".md", ".py")]
     named = {name for text in texts for name in re.findall(r"\bconfigs/[a-z0-9_/]+\.(?:yaml|csv)", text)}

@@ -150,7 +150,7 @@ class TestSynthetic:
     @pytest.mark.parametrize(
         ("argument", "value", "message"),
         [
-            ("noise", 1.5, "noise is a probability, got 1.5"),
+            ("noise", 1.5, "noise must be a probability from 0 to 1, got 1.5"),
             ("min_length", 2, "got 2 and 15"),
             ("num_strides", 50, "num_strides must be from 1 to num_clusters - 1 = 49, got 50"),
             ("num_users", 0, "num_users must be 1 or more, got 0"),

@@ -37,7 +37,7 @@ Prefix = tuple[int, ...]
 
 
 class Model:
-    """Log-probabilities of the next code drawn anew for every user and prefix, over more tokens than the codes."""
+    """Random log-probabilities of the next code for every user and prefix, over more tokens than codes."""
 
     def __init__(self, users: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.users, self.seed, self.dtype = users, seed, dtype
@@ -64,7 +64,7 @@ class Model:
 
 
 def plain_beam_search(model: Model, user: int, codes: list[list[int]], num_beams: int) -> list[tuple[float, Prefix]]:
-    """Score and codes of what a list of the best beginnings ends with, best first."""
+    """Beam search with a list of the best prefixes; returns scores and codes, best first."""
     beams: list[tuple[float, Prefix]] = [(0.0, ())]
     for level in range(len(codes[0])):
         beginnings = {tuple(item[: level + 1]) for item in codes}
@@ -138,7 +138,7 @@ class TestBeamSearch:
         assert (scores.diff(dim=1)[scores[:, 1:] > -math.inf] <= 0).all()
 
     def test_exact_top_ten_with_as_many_beams_as_leaves(self):
-        """With more items than leaves, too."""
+        """Also with more items than leaves."""
         codes = CATALOGUES["three levels"] + CATALOGUES["three levels"][:20]
         model, tree = Model(users=3), tree_of(codes)
         leaves, scores = beam_search(model, tree, 3, tree.num_nodes(3))
@@ -162,7 +162,7 @@ class TestBeamSearch:
             assert scores[user][found].tolist() == pytest.approx([score for score, _ in expected], abs=1e-5)
 
     def test_few_beams_miss_what_a_likelier_beginning_hides(self):
-        """So that the tests above compare with a search that is not the exact one."""
+        """So the tests above do compare with an inexact search."""
         codes, model = CATALOGUES["three levels"], Model(seed=2)
         exact = max(codes, key=lambda item: model.item_score(0, item))
         for num_beams in (1, 2, 3):
@@ -199,7 +199,7 @@ class TestBeamSearch:
     @pytest.mark.parametrize("value", [-math.inf, math.nan])
     @pytest.mark.parametrize("num_beams", [3, 100])
     def test_a_code_without_a_probability_promotes_no_item(self, value, num_beams):
-        """The beams go to other items, as if there were none that begin so."""
+        """The beams go to other items, as if no item had this prefix."""
         codes, tree = CATALOGUES["three levels"], tree_of(CATALOGUES["three levels"])
         model = Model()
         best = plain_beam_search(model, 0, codes, 1)[0][1]
@@ -223,7 +223,7 @@ class TestBeamSearch:
         assert target_ranks(everything, torch.tensor([3, 70])).tolist() == [80, 80]
 
     def test_the_loop_waits_for_nothing_from_the_device(self, codes):
-        """On the meta device there are no values: whatever asks for one, to branch, to size or to copy, raises."""
+        """The meta device has no values, so any code that needs one, to branch, to size or to copy, raises."""
         tree = tree_of(codes).to("meta")
 
         def next_log_probs(prefixes: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ ITEM_CODES = [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [0, 1]]
 
 
 class Toy(GenerativeRecommender):
-    """Prefers the codes in their order, whoever asks: item 1, items 2 and 6, items 3, 4 and 5."""
+    """Prefers the codes in their order for every user: item 1, items 2 and 6, items 3, 4 and 5."""
 
     def next_code_scorer(self, batch: dict[str, Tensor]) -> NextLogProbs:
         weights = torch.tensor([0.6, 0.3, 0.1]).log()

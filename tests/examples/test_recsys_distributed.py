@@ -1,4 +1,4 @@
-"""Two processes of a Trainer judge a model as one does, though the users do not share out evenly."""
+"""Two processes of a Trainer give the same metrics as one, although the users do not divide evenly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_two_processes_count_every_user_once(monkeypatch):
 
 
 def test_ddp_does_not_send_the_tables_of_the_codes_at_every_step(tmp_path):
-    """They are the same in all processes, and larger than many models."""
+    """They are equal in all processes, and larger than many models."""
     SemanticIds(torch.arange(200)[:, None] // torch.tensor([10, 1])).write(tmp_path / "codes.csv")
     model = SemanticIdLM(200, str(tmp_path / "codes.csv"), hidden_size=8, num_layers=1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

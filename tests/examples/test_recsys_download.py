@@ -1,4 +1,4 @@
-"""The downloader against a server on the loopback device that misbehaves on request."""
+"""The downloader against a server on the loopback device that fails on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENT = gzip.compress(random.Random(0).randbytes(300_000))
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``content``; each entry of ``cuts`` ends one answer after so many bytes."""
+    """Serves ``content``; each entry of ``cuts`` ends one response after that number of bytes."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

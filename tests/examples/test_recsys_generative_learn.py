@@ -1,4 +1,4 @@
-"""Generative recommenders learn which items follow which, of which popularity knows nothing."""
+"""Generative recommenders learn the order of items, which popularity ignores."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_ranks_at_least_twice_as_well_as_popularity(model_class, sizes, samples,
 
 
 def code_file(folder: Path) -> str:
-    """Codes of all items: the cluster, and the number within it."""
+    """Write codes of all items: the cluster, and the number within it."""
     items = torch.arange(NUM_CLUSTERS * ITEMS_PER_CLUSTER)
     SemanticIds(torch.stack([items % NUM_CLUSTERS, items // NUM_CLUSTERS], dim=1)).write(folder / "codes.csv")
     return str(folder / "codes.csv")
 
 
 def ndcg(model: Recommender, data: SyntheticSequences) -> float:
-    """NDCG@10 of the test, of items outside of the history."""
+    """Masked test NDCG@10."""
     (metrics,) = L.Trainer(**QUIET).test(model, datamodule=data, verbose=False)
     return metrics["test/masked/ndcg@10"]

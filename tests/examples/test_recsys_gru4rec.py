@@ -144,7 +144,7 @@ class TestLoss:
         ({"dropout": 1.5, "num_layers": 2}, "got 1.5"),
         ({"loss": "hinge"}, "Unknown loss 'hinge': choose one of bce, sampled_softmax, softmax"),
         ({"num_negatives": 0}, "num_negatives must be 1 or more, got 0"),
-        ({"loss": "softmax", "num_negatives": 8}, "num_negatives=8 has no meaning with loss='softmax'"),
+        ({"loss": "softmax", "num_negatives": 8}, "num_negatives=8 has no effect with loss='softmax'"),
     ],
 )
 def test_bad_arguments_get_a_sentence(options, message):

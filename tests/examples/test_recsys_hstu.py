@@ -28,7 +28,7 @@ UNEVEN = {"hidden_size": 6, "num_heads": 2, "attention_size": 4, "linear_size": 
 
 
 def random_model(**options) -> HSTU:
-    """An HSTU whose weights are far from their small beginnings, so that no part of it hides behind rounding."""
+    """An HSTU with weights far from their small initial values, so that rounding hides no part of it."""
     model = HSTU(30, **{"max_length": 10, "dropout": 0.0, **options}).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -36,7 +36,7 @@ def random_model(**options) -> HSTU:
 
 
 def reference_states(model: HSTU, items: list[int], times: list[int] | None) -> Tensor:
-    """States of one history, float64, a loop for every sum of the paper."""
+    """States of one history in float64, with a loop for every sum in the paper."""
     weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     heads, width = model.blocks[0].num_heads, weights["embedding.items.weight"].shape[1]
     states = [
@@ -170,7 +170,7 @@ class TestPartition:
             assert entry.layout.matrix_shapes(entry.parameter.shape) == shapes
 
     def test_each_map_has_an_update_of_its_own(self):
-        """After one step from a gradient of unequal maps, each of the four moves by an orthogonal matrix."""
+        """After one step with gradients of unequal size, the update of each of the four maps is orthogonal."""
         model = HSTU(30, num_heads=2, attention_size=16)
         optimizer = HybridOptimizer.from_module(
             model, partial(Muon, lr=1.0, lr_scale="none", weight_decay=0.0), rules=model.parameter_rules
@@ -249,7 +249,7 @@ class TestTraining:
         assert (model.eval()(batch["history"]).argmax(1) + 1 == targets).float().mean() > 0.95
 
     def test_learns_from_the_times_alone(self):
-        """Users with the same items, of which the time since the first tells the next one."""
+        """All users have the same items; the time since the first one determines the next."""
         model = HSTU(6, max_length=2, hidden_size=16, num_negatives=64, temperature=0.1, dropout=0.0)
         history = torch.tensor([[1, 2]]).repeat(4, 1)
         gaps = torch.tensor([[0, 60], [0, DAY], [0, 30 * DAY], [0, 700 * DAY]])

@@ -1,4 +1,4 @@
-"""A user's own file."""
+"""Interactions from a file of the user."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def path(tmp_path):
 
 
 def quiet(path, **kwargs) -> Interactions:
-    """Set up, without the warning of unsorted rows."""
+    """Data set up without the warning about unsorted rows."""
     data = Interactions(str(path), **kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,14 +123,14 @@ class TestText:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("user,item,time\na,x,1\n", r"has no column timestamp, only user, item, time: name yours by user_column"),
+            ("user,item,time\na,x,1\n", r"has no column timestamp, only user, item, time: set user_column"),
             ("", "has no column user, item, timestamp, only none at all"),
             (
                 "user, item, timestamp\na, x, 1\n",
-                r"no column item, timestamp, .*: its names ' item', ' timestamp' begin with a space: take the spaces "
-                r"out of the file, or set delimiter=', ' where",
+                r"no column item, timestamp, .*: its names ' item', ' timestamp' begin with a space: remove the spaces "
+                r"from the file, or set delimiter=', ' if",
             ),
-            ("user ,item,timestamp\na ,x,1\n", "its names 'user ' begin or end with spaces: take them out"),
+            ("user ,item,timestamp\na ,x,1\n", "its names 'user ' begin or end with spaces: remove them"),
             (" user:token,item,timestamp\na,x,1\n", "its names ' user:token' begin with a space: "),
             ("user,item,timestamp\n", "log.csv has no interactions$"),
             ("user,item,timestamp\na,x,1\na,,2\n", "line 3 has no item: drop such rows"),
@@ -278,12 +278,12 @@ def test_a_recommender_is_trained_on_a_file_from_the_command_line(tmp_path, monk
             "log.csv, column timestamp: 1717113600000 (line 2) is in the year 56383 in seconds; ",
         ),
         ("u,a,noon\n", [], "log.csv, line 2: timestamp must be a number or an ISO date, as 2024-05-31T12:30:00, got "),
-        ('u,"a,1\n', [], "log.csv, line 2: a quote opens that does not close as in CSV"),
+        ('u,"a,1\n', [], "log.csv, line 2: a quote is not closed as in CSV"),
         ("u,a,1\n", ["--data.path=none.csv"], "path='none.csv' does not exist (looked for "),
         (
             "u,a,1\n",
             [r"--data.delimiter=\s+"],
-            r"delimiter='\\s+' is no text as it stands in the file, and patterns are",
+            r"delimiter='\\s+' looks like a pattern: give the text between",
         ),
         ("u,a,1\n", ["--data.title_file=titles.csv", "--data.split=time"], "log.csv: user 'u' has 1 interaction, but"),
     ],

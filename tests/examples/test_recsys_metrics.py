@@ -26,7 +26,7 @@ def targets(generator: torch.Generator) -> Tensor:
 
 
 def retrieval(metric: type, k: int, scores: Tensor, targets: Tensor, kept: Tensor | None = None) -> float:
-    """The torchmetrics value over the columns ``kept`` (B, N)."""
+    """The value of torchmetrics over the columns ``kept`` (B, N)."""
     kept = torch.ones_like(scores, dtype=torch.bool) if kept is None else kept
     relevant = torch.nn.functional.one_hot(targets, scores.shape[1]).bool()
     users = torch.arange(len(scores))[:, None].expand_as(scores)
@@ -131,7 +131,7 @@ def test_two_processes_with_uneven_shares_give_the_value_of_one(tmp_path: Path):
 
 
 def share_ranks(rank: int, ranks: Tensor) -> list[float]:
-    """What one of two processes does: 4 ranks in the first, 1 in the second."""
+    """Run one of two processes, with 4 ranks in the first and 1 in the second."""
     metrics = [NDCG(10), Recall(10)]
     for metric in metrics:
         metric.update(ranks[:4] if rank == 0 else ranks[4:])

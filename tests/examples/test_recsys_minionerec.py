@@ -1,4 +1,4 @@
-"""MiniOneRec: what its loss counts, its scores, checkpoints, LoRA, partition, what it learns."""
+"""MiniOneRec: loss, scores, checkpoints, LoRA, partition, learning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TARGETS = torch.tensor([[0, 0, 0, 0, 7], [0, 0, 10, 0, 0], [2, 0, 0, 0, 0]])
 
 
 class Shop(SyntheticSequences):
-    """Users who take one thing after the other; all things have titles, every other one a description."""
+    """Users who take one item after the other; all items have titles, every second one a description."""
 
     def __init__(self, num_users: int = 32, max_length: int = 10, **kwargs) -> None:
         ring = {"num_clusters": NUM_ITEMS, "items_per_cluster": 1, "num_strides": 1, "noise": 0.0}
@@ -61,7 +61,7 @@ def codes_file(tmp_path) -> str:
 
 @pytest.fixture
 def make(codes_file):
-    """A tiny model that knows the titles of the shop."""
+    """A tiny model with the titles of the shop."""
 
     def ready(**options) -> MiniOneRec:
         model = MiniOneRec(NUM_ITEMS, codes_file, **{**TINY, "num_beams": NUM_ITEMS, **options}).eval()
@@ -139,7 +139,7 @@ class TestLoss:
         assert labels.tolist() == [[-100, -100, 8, 9], [4, -100, -100, -100]]
 
     def test_processes_draw_tasks_and_items_of_their_own(self, make):
-        """`seed_everything` leaves all of them with the same random state."""
+        """`seed_everything` sets the same random state in all processes."""
         drawn = []
         for rank in (0, 1):
             torch.manual_seed(0)
@@ -278,7 +278,7 @@ class TestLora:
         model = MiniOneRec(NUM_ITEMS, codes_file, lora={"r": 3, "target_modules": ["q_proj"]}, **TINY)
         factors = [parameter.shape for name, parameter in model.named_parameters() if "lora_A" in name]
         assert factors == [(3, 32)] * 2
-        with pytest.raises(ValueError, match=r"lora=\{'rank': 3\} is not what peft.LoraConfig takes"):
+        with pytest.raises(ValueError, match=r"peft.LoraConfig does not take lora=\{'rank': 3\}"):
             MiniOneRec(NUM_ITEMS, codes_file, lora={"rank": 3}, **TINY)
         with pytest.raises(ValueError, match="query"):
             MiniOneRec(NUM_ITEMS, codes_file, lora={"target_modules": ["query"]}, **TINY)
@@ -339,7 +339,7 @@ class TestArguments:
     def test_data_without_titles_get_a_sentence(self, codes_file):
         data = SyntheticSequences(9, num_clusters=NUM_ITEMS, items_per_cluster=1)
         model = MiniOneRec(NUM_ITEMS, codes_file, tasks=["next_item", "titles"], **TINY)
-        message = r"The tasks titles need the titles of the items, and SyntheticSequences has none. Set tasks to \[next"
+        message = r"The tasks titles need the titles of the items, but SyntheticSequences has none. Set tasks to \[next"
         with pytest.raises(ValueError, match=message):
             L.Trainer(max_steps=1, **QUIET).fit(model, data)
         L.Trainer(max_steps=1, **QUIET).fit(MiniOneRec(NUM_ITEMS, codes_file, tasks=["next_item"], **TINY), data)

@@ -159,7 +159,7 @@ class TestLosses:
         torch.testing.assert_close(sampled_softmax_loss(*layer, num_negatives=2), torch.stack(terms).mean())
 
     def test_autocast_does_not_round_the_scores_of_the_sampled_softmax(self, layer):
-        """Scores of ten and more, as cosines over a small temperature have."""
+        """Scores of ten and more, as cosines divided by a small temperature."""
         states, *rest = layer
         losses = []
         for low in (False, True):

@@ -38,7 +38,7 @@ class LastStep(L.Callback):
 
 
 def train(optimizer: Callable[..., torch.optim.Optimizer], folder: Path) -> tuple[dict[str, float], LastStep]:
-    """SASRec on synthetic sequences; what was measured after the last step, and the weights around it."""
+    """Train SASRec on synthetic sequences; returns the values after the last step, and the weights around it."""
     L.seed_everything(0, verbose=False)
     data = SyntheticSequences(num_users=300, batch_size=32)
     data.prepare_data()

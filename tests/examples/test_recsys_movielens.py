@@ -19,7 +19,7 @@ MOVIES = ["1::Amélie (2001)::Comedy", "2::Unrated (1999)::Drama", "3::A: B (199
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch) -> Path:
-    """A folder with ``ml-1m.zip``, and the counts and checksum that it would have to have."""
+    """A folder with ``ml-1m.zip``; replaces the published counts and checksum by its own."""
     path = tmp_path / "web" / "ml-1m.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as file:
@@ -96,7 +96,7 @@ def test_a_missing_file_gets_a_sentence(unpacked, name):
     [
         (
             "7::3::5::20\n",
-            "has 1 users, 1 rated movies and 1 ratings, but MovieLens-1M has 2, 4 and 7: the file is cut",
+            "has 1 users, 1 rated movies and 1 ratings, but MovieLens-1M has 2, 4 and 7: the file is trunc",
         ),
         ("7::3::5::20\n7::3::5\n", r"ratings.dat, line 2: expected .*, got '7::3::5\\n'"),
         ("user,movie,rating,time\n", "ratings.dat, line 1: expected"),

@@ -1,4 +1,4 @@
-"""Recommendations: what is recommended, the file, what is printed, and checkpoints of another catalogue."""
+"""Recommendations: items, file, printed table, and checkpoints of another catalogue."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ cat,red pen,3
 
 
 class Fixed(Recommender):
-    """Prefers item 1, then 2, and so on; ``scores`` (num_items,) say otherwise."""
+    """Prefers item 1, then 2, and so on, unless ``scores`` (num_items,) are given."""
 
     def __init__(self, num_items: int, mask_history: bool = True, scores: list[float] | None = None) -> None:
         super().__init__(num_items, mask_history)
@@ -247,7 +247,7 @@ class TestCheckpointOfAnotherCatalogue:
 
 
 class TestItemsInAnotherOrder:
-    """New rows may number the same items differently, and nothing else would tell."""
+    """New rows may number the same items differently, which only the fingerprint detects."""
 
     @staticmethod
     def data(path: Path, first: str) -> Interactions:
@@ -348,7 +348,7 @@ def predict_one_of_two(rank: int, arguments: list[str]) -> str:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_recommend_to_every_user_once(tmp_path):
-    """37 users do not share out evenly; the files of the processes together have what one process writes."""
+    """37 users do not divide evenly. The files of both processes together have the rows of one process."""
     cli = main(["fit", *SYNTHETIC, "--data.num_users=37", "--trainer.max_epochs=1"])
     arguments = ["predict", *SYNTHETIC, "--data.num_users=37"]
     arguments += ["--ckpt_path", str(tmp_path / cli.trainer.checkpoint_callback.best_model_path)]

@@ -1,4 +1,4 @@
-"""The texts of MiniOneRec's tasks, and what is cut from them."""
+"""The texts of MiniOneRec's tasks, and their truncation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decode(tokens: list[int]) -> str:
 
 
 def written(item: int) -> str:
-    """Codes of an item: three signs beyond the alphabet, of which the last tells it from the others."""
+    """Codes of an item: three characters outside the alphabet; the last one is unique."""
     return chr(0x2400) + chr(0x2401) + chr(0x2500 + item)
 
 

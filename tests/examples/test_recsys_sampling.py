@@ -1,4 +1,4 @@
-"""The order of training samples in which those of a batch have about the same length."""
+"""The sampler whose batches have samples of about the same length."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def batches(sampler: LengthGroupedSampler, size: int) -> list[list[int]]:
 
 
 def padding(groups: list[list[int]]) -> int:
-    """Positions that hold nothing when each batch is as wide as its longest sample."""
+    """Number of padding positions if each batch is as wide as its longest sample."""
     longest = [max(LENGTHS[index] for index in group) for group in groups]
     return sum(width * len(group) for width, group in zip(longest, groups, strict=True)) - sum(LENGTHS)
 
 
 def as_in_distributed_training(loader: DataLoader, processes: int, rank: int) -> Sampler[int]:
-    """The sampler that a Trainer of several processes takes for the training loader."""
+    """The sampler that a Trainer with several processes uses in the training loader."""
     trainer = SimpleNamespace(
         _accelerator_connector=SimpleNamespace(is_distributed=True, use_distributed_sampler=True),
         distributed_sampler_kwargs={"num_replicas": processes, "rank": rank},
@@ -66,7 +66,7 @@ class TestLengthGroupedSampler:
         assert padding(batches(LengthGroupedSampler(LENGTHS, 16, pool_size=1), 16)) == pytest.approx(shuffled, rel=0.1)
 
     def test_an_incomplete_batch_comes_last_and_whole_batches_are_alike(self):
-        """2,003 samples are 125 batches of 16 and one of 3; in pools of all batches nearly all are of equal length."""
+        """2,003 samples are 125 batches of 16 and one of 3; with one pool nearly all batches have one length."""
         groups = batches(LengthGroupedSampler(LENGTHS, 16, pool_size=200), 16)
         spreads = [max(values) - min(values) for values in ([LENGTHS[i] for i in group] for group in groups)]
         assert len(groups[-1]) == 3
@@ -85,7 +85,7 @@ class TestLengthGroupedSampler:
         assert len({frozenset(group) for group in first} & {frozenset(group) for group in second}) < 10
 
     def test_the_seed_of_the_run_and_the_epoch_decide(self, monkeypatch):
-        """Processes whose own random states differ have to share one order out."""
+        """Processes with different random states must use the same order."""
 
         def order(seed: int, epoch: int) -> list[int]:
             monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
@@ -140,7 +140,7 @@ class TestLoader:
         assert sorted({index for part in parts for index in part}) == list(range(2_003))
 
     def test_each_of_two_processes_gets_batches_of_about_one_length(self):
-        """By the loader that Lightning makes of ours: it shuffles the order of a sampler that does not share out."""
+        """With the loader that Lightning makes from ours: it would shuffle any sampler but a DistributedSampler."""
         data, pads = self.data(group_by_length=True, batch_size=16), {}
         for processes in (1, 2):
             pads[processes] = 0

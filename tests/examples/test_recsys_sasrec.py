@@ -22,7 +22,7 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 
 @pytest.fixture
 def randomise(generator) -> Callable[[nn.Module], nn.Module]:
-    """Moves every weight, bias and gain far from where it begins, so that none hides behind zeros, ones or rounding."""
+    """Moves all weights, biases and gains far from their initial values, so that zeros, ones and rounding hide none."""
 
     def moved(model: nn.Module) -> nn.Module:
         model = model.double().eval()
@@ -58,7 +58,7 @@ def embed(weights: Weights, items: list[int]) -> list[Tensor]:
 
 
 def attend(weights: Weights, queries: list[Tensor], inputs: list[Tensor], num_heads: int) -> list[Tensor]:
-    """For each position the mean of the values up to it, weighed by softmax(q k / sqrt(width of a head))."""
+    """For each position the mean of the values up to it, weighted by softmax(q k / sqrt(width of a head))."""
     width, attended = len(queries[0]) // num_heads, []
     for place, query in enumerate(queries):
         heads = []
@@ -80,7 +80,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def reference_states(model: SASRec, items: list[int], num_blocks: int, num_heads: int) -> Tensor:
-    """``x += attention(LN(x))`` and ``x += ffn(LN(x))`` in each block, and a last LN."""
+    """``x += attention(LN(x))`` and ``x += ffn(LN(x))`` in each block, and a final LN."""
     weights = detached(model)
     states = embed(weights, items)
     for number in range(num_blocks):
@@ -94,7 +94,7 @@ def reference_states(model: SASRec, items: list[int], num_blocks: int, num_heads
 
 
 def reference_paper_states(model: PaperSASRec, items: list[int]) -> Tensor:
-    """q from LN(x), k and v from x; each half adds to what it normalised; LN twice at the end."""
+    """q from LN(x), k and v from x; each half adds to its normalized input; LN twice at the end."""
     weights = detached(model)
     inputs = embed(weights, items)
     queries = [normalise(weights, "attention_norm", x) for x in inputs]
@@ -108,7 +108,7 @@ def reference_paper_states(model: PaperSASRec, items: list[int]) -> Tensor:
 
 
 class TestEquations:
-    """Of the states at every position, and of the scores after the last."""
+    """For the states at every position, and the scores after the last one."""
 
     @pytest.mark.parametrize(("num_blocks", "num_heads"), [(2, 2), (1, 1), (3, 4)])
     def test_of_the_modern_form(self, randomise, num_blocks, num_heads):

@@ -62,7 +62,7 @@ def test_fit_writes_the_codes_of_its_best_checkpoint_and_reports(precision, caps
 @pytest.mark.parametrize("monitor", ["val/collisions", "val/collisions_and_error"])
 @pytest.mark.parametrize("save_top_k", [1, 2])
 def test_of_checkpoints_with_equal_collisions_the_one_that_explains_most_is_kept(monitor, save_top_k, monkeypatch):
-    """The figures are told for five epochs, of which the third is the best."""
+    """The values are prescribed for five epochs, and the third is the best."""
     told = iter([(40, 0.02), (30, 0.1), (30, 0.24), (30, 0.2), (31, 0.9), (30, 0.24)])
 
     def compute(self):
@@ -126,7 +126,7 @@ class TestPoorCodes:
         torch.save(torch.randn(2000, 64), "noise.pt")
         data = ["--data=examples.recsys.semantic_ids.EmbeddingFile", "--data.path=noise.pt", "--codes.path=a.csv"]
         size = ["--model.levels=2", "--model.codebook_size=2", "--trainer.logger=false"]
-        with pytest.warns(UserWarning, match=r"The codes in a.csv explain .*, so that they say next to nothing of an"):
+        with pytest.warns(UserWarning, match=r"The codes in a.csv explain .*, so they say almost nothing about an"):
             main(["kmeans", *data, *size])
 
     def test_codes_as_good_as_those_of_kmeans_are_not(self, recwarn):
@@ -142,7 +142,7 @@ class TestPoorCodes:
             (0.02, 0.99, "less than half of the 99.0%"),
             (-0.3, 0.2, "explain -30.0%"),
             (0.2, 0.3, None),
-            (0.09, 0.1, "so that they say next to nothing of an item"),
+            (0.09, 0.1, "so they say almost nothing about an item"),
         ],
     )
     def test_the_yardstick_is_half_of_kmeans_and_a_tenth_at_least(self, explained, kmeans, expected):
@@ -185,7 +185,7 @@ class TestUniqueness:
     def test_a_digit_with_more_codes_than_a_level_gets_a_warning(self):
         codes = torch.tensor([[0, 0]] * 3 + [[1, 0]] * 2)
         quantization = Quantization(torch.rand(5, 2), codes, self.QUANTIZATION.codebooks)
-        with pytest.warns(UserWarning, match=r"3 items have the same codes.* grows from 2 to as many: take features"):
+        with pytest.warns(UserWarning, match=r"3 items have the same codes.* grows from 2 to as many: use features"):
             assert CodesFile().unique(quantization)[:, 2].tolist() == [0, 1, 2, 0, 1]
         with pytest.raises(ValueError, match="3 items have"):
             CodesFile(uniqueness="sinkhorn").unique(quantization)
@@ -210,7 +210,7 @@ def test_rows_that_equal_another_are_counted():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("semantic_ids/features/*.yaml")), ids=lambda path: path.stem)
 def test_codes_go_to_the_file_of_the_features_and_the_run_is_called_after_it(parser, path):
-    """All but the files that it reads and the encoder of texts are made of it, in either order of the configs."""
+    """It sets the features, path, levels, optimizer and monitor, in either order of the configs."""
     words = files("semantic_ids/rqvae", f"semantic_ids/features/{path.stem}")
     config = parser.parse_args(words)
     assert issubclass(locate(config.data.class_path), ItemFeatures)
@@ -258,7 +258,7 @@ def fit_one_of_two(rank: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_keep_the_same_codebooks_and_count_every_item_once(tmp_path):
-    """Codebooks are set and replaced by all processes together: DDP would not even them out."""
+    """All processes set and replace the codebooks together, since DDP would not synchronize them."""
     first, second = processes.run({"fit": fit_one_of_two}, tmp_path, args=(tmp_path,))["fit"]
     assert torch.equal(first["codebooks"], second["codebooks"])
     assert torch.equal(first["counts"], second["counts"])

@@ -1,4 +1,4 @@
-"""Telling items with the same codes apart."""
+"""Making equal codes unique."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TestBalance:
 
 
 def reference_plan(distances: list[list[float]], temperature: float) -> torch.Tensor:
-    """Sinkhorn's algorithm in plain numbers: rows to 1, then columns down to 1, many times."""
+    """Sinkhorn's algorithm in plain Python: rows to 1, then columns down to 1, many times."""
     mean = sum(map(sum, distances)) / sum(map(len, distances))
     plan = torch.tensor([[-d / (temperature * mean) for d in row] for row in distances], dtype=torch.float64).exp()
     v = torch.ones(plan.shape[1], dtype=torch.float64)

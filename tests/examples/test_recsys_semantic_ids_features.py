@@ -1,4 +1,4 @@
-"""Features of items: what each source holds, how it is scaled, and what it refuses."""
+"""Features of items: values, scale and refused input of each source."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class TestAttributeFeatures:
         [
             ({}, {}, r'must hold {"item": \[attribute, ...\]}, got \'{}\''),
             ([1, 2], {}, r"must hold .* got '\[1, 2\]'"),
-            ({"B00": [1]}, {}, "calls items by name, as 'B00': give the data module that knows the names as source"),
+            ({"B00": [1]}, {}, "has names of items, such as 'B00': give the data module with these names as source"),
             ({"1": 5}, {}, "expected a list of attributes for item '1', got 5"),
             ({"1": [[5]]}, {}, r"expected a list of attributes for item '1', got \[\[5\]\]"),
             ({"0": [5]}, {}, "has item 0, which is outside of the catalogue"),
@@ -121,7 +121,7 @@ class TestAttributeFeatures:
             (
                 {"1": [5], "2": [6]},
                 {"num_components": 3},
-                "num_components=3 is more than 2 items with 2 features allow",
+                "num_components=3 is too large for 2 items with 2 features",
             ),
         ],
     )
@@ -145,7 +145,7 @@ class TestAttributeFeatures:
 
 
 class TestAttributesByName:
-    """Items of a data module go by their names there, which may be numbers that count otherwise."""
+    """Items have their names in the data module, which may be other numbers than 1, 2, ..."""
 
     @pytest.fixture(params=[("pen", "ink", "nib"), ("17", "4", "1"), (17, 4, 1)], ids=["words", "digits", "numbers"])
     def source(self, request, tmp_path) -> Interactions:
@@ -180,7 +180,7 @@ class TestAttributesByName:
 
     def test_a_file_of_other_items_gets_a_sentence(self, source, tmp_path):
         path = attributes_file(tmp_path / "a.gz", {"other": ["green"]})
-        with pytest.raises(ValueError, match=r"none of the items of Interactions: it calls them as 'other'"):
+        with pytest.raises(ValueError, match=r"none of the items of Interactions: it has names such as 'other'"):
             AttributeFeatures(path, source=source).features()
 
     def test_a_size_beside_the_data_module_is_refused(self, source):
@@ -263,7 +263,7 @@ class Named(SequenceDataModule):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    """A random BERT of 16 units and a vocabulary of four words."""
+    """A random BERT of width 16 with a vocabulary of four words."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("encoder")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
@@ -337,10 +337,10 @@ class TestTextFeatures:
         assert len(paths) == 3
 
     def test_a_source_without_titles_gets_a_sentence(self, encoder, tmp_path):
-        """Ids are none, though the data module calls the items by them."""
+        """Ids are not titles, although they are the names in the data module."""
         (tmp_path / "log.csv").write_text("user,item,timestamp\na,B001,1\na,B002,2\na,B003,3\n")
         for source in (SyntheticSequences(num_users=3), Interactions(str(tmp_path / "log.csv"))):
             data = TextFeatures(source, encoder, cache_dir=str(tmp_path))
             name = type(source).__name__
-            with pytest.raises(ValueError, match=f"{name} knows no titles of its items: take AttributeFeatures"):
+            with pytest.raises(ValueError, match=f"{name} has no titles of its items: use AttributeFeatures"):
                 data.prepare_data()

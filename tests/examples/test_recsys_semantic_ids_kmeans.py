@@ -20,7 +20,7 @@ def nearest(point: list[float], centroids: list[list[float]]) -> int:
 
 
 def reference_lloyd(points: Tensor, centroids: Tensor) -> tuple[list[list[float]], list[int]]:
-    """Lloyd's algorithm, one point and one coordinate at a time; no centroid may run empty."""
+    """Lloyd's algorithm, one point and one coordinate at a time; every centroid must keep points."""
     rows, means = points.double().tolist(), centroids.double().tolist()
     chosen = [nearest(row, means) for row in rows]
     while True:
@@ -57,7 +57,7 @@ def test_a_centroid_that_runs_empty_takes_the_row_that_is_worst_off():
 
 
 def test_first_centroids_are_rows_far_apart():
-    """One of each blob, where drawing rows at random would almost never do."""
+    """One row of each blob; uniformly drawn rows would almost never be."""
     points = blobs(num_centers=8, spread=0.01)
     hits = [
         len(

@@ -1,4 +1,4 @@
-"""The RQ-VAE against loops over levels in float64, its codebooks, and what it reports."""
+"""The RQ-VAE against loops over levels in float64; its codebooks and logged values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_model(**kwargs) -> RQVAE:
 
 
 def frozen_model() -> RQVAE:
-    """Training moves nothing by gradient."""
+    """A model with learning rate 0, so training changes no weights by gradient."""
     model = small_model()
     model.matrix_optimizer = model.other_optimizer = partial(torch.optim.SGD, lr=0.0)
     return model
@@ -258,7 +258,7 @@ def test_bad_arguments_get_a_sentence(argument, value, message):
 
 
 def test_the_library_looks_for_the_nearest_code():
-    """What the class relies on in ResidualVQ: greedy codes, codebooks as parameters that nothing else updates."""
+    """Assumptions about ResidualVQ: greedy codes, and codebooks as parameters that only the optimizer updates."""
     quantizer = ResidualVQ(dim=3, num_quantizers=2, codebook_size=5, learnable_codebook=True, ema_update=False)
     before = quantizer.codebooks.clone()
     quantizer(torch.randn(50, 3))

@@ -1,4 +1,4 @@
-"""The language model of semantic ids: scores and loss against plain computations, partition, what it learns."""
+"""The language model of semantic ids: scores and loss against plain computations, partition, learning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEVELS, CODES = 3, 4
 
 
 def item_codes(num_items: int) -> Tensor:
-    """Codes of as many items as there are, all distinct up to 64 of them."""
+    """Codes of ``num_items`` items, all distinct up to 64 items."""
     items = torch.arange(num_items)
     return torch.stack([items % CODES, items // CODES % CODES, items // CODES**2 % CODES], dim=1)
 
@@ -41,7 +41,7 @@ def codes_file(tmp_path) -> str:
 
 @pytest.fixture
 def make(codes_file):
-    """A model of 40 items whose weights are far from their small beginnings."""
+    """A model of 40 items with weights far from their small initial values."""
 
     def random_model(**options) -> SemanticIdLM:
         model = SemanticIdLM(40, codes_file, **{**TINY, "dropout": 0.0, "num_beams": 40, **options}).eval()
@@ -53,7 +53,7 @@ def make(codes_file):
 
 
 def text(items: list[int]) -> list[int]:
-    """What the model reads for a history, written from its definition."""
+    """Input tokens for a history, from their definition."""
     tokens = [1]
     for item in items:
         tokens += [2 + level * CODES + code for level, code in enumerate(item_codes(40)[item - 1].tolist())]
@@ -61,7 +61,7 @@ def text(items: list[int]) -> list[int]:
 
 
 def log_probabilities(model: SemanticIdLM, tokens: list[int]) -> Tensor:
-    """(S, vocabulary) of the token after each, from one row without padding or cache."""
+    """(S, vocabulary) of the token after each one, from one row without padding or cache."""
     return model.lm(torch.tensor([tokens]), use_cache=False).logits[0].double().log_softmax(-1)
 
 
@@ -190,7 +190,7 @@ class TestLoss:
         "place", ["embed_tokens", *(f"layers.{n}.{half}" for n in range(2) for half in ("self_attn.o_proj", "mlp"))]
     )
     def test_each_place_of_dropout_is_used(self, make, place, generator):
-        """The embedding, and the two halves of each layer: at a rate of 1, all that they give in training is zero."""
+        """At the embedding and at both halves of each layer: with a rate of 1 their outputs in training are zero."""
         module = make(dropout=1.0).lm.base_model.get_submodule(place)
         inputs = torch.tensor([[1, 2, 3]]) if place == "embed_tokens" else torch.randn(1, 3, 32, generator=generator)
         assert module(inputs).all()
@@ -255,7 +255,7 @@ class TestTraining:
         assert 0 <= float(trainer.callback_metrics["val/ndcg@10"]) <= 1
 
     def test_learns_32_random_sequences_by_heart(self, tmp_path):
-        """Of ten items at random, so that the last two of a history tell 30 of the 32 targets at best."""
+        """Of ten random items, so the last two items of a history determine at most 30 of the 32 targets."""
         data = SyntheticSequences(
             num_users=32, num_clusters=10, items_per_cluster=1, noise=1.0, min_length=6, max_sequence_length=6
         )
@@ -278,8 +278,8 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_heads": 3}, "num_heads=3 does not divide hidden_size=32 into even widths"),
-            ({"num_heads": 32, "num_kv_heads": 32}, "num_heads=32 does not divide hidden_size=32 into even widths"),
+            ({"num_heads": 3}, r"hidden_size=32 must be a multiple of 2 \* num_heads, got num_heads=3"),
+            ({"num_heads": 32, "num_kv_heads": 32}, "a multiple of 2 .* got num_heads=32"),
             ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
             ({"num_layers": 0}, "num_layers must be 1 or more, got 0"),
             ({"num_beams": 0}, "num_beams must be 1 or more, got 0"),

@@ -1,4 +1,4 @@
-"""Text files as the world writes them: delimiters, quotes, headers, encodings, titles elsewhere."""
+"""Real-world text files: delimiters, quotes, headers, encodings, separate title files."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ class TestQuotes:
     def test_of_csv_one_that_swallows_rows_is_refused(self, tmp_path, titles, delimiter, place):
         rows = [(*row[:3][:place], row[3], *row[place:3]) for row in [HEADER, *rows_of_titles(*titles)]]
         path = write(tmp_path, rows, delimiter)
-        with pytest.raises(ValueError, match=r"log.txt, lines? 3.*: a quote opens that .*Set quoted=False"):
+        with pytest.raises(ValueError, match=r"log.txt, lines? 3.*: a quote is .*closed .*Set quoted=False"):
             Interactions(str(path), delimiter=delimiter, title_column="title").load_sequences()
 
     def test_in_a_column_that_is_not_read_it_is_refused_too(self, tmp_path):
         path = write(tmp_path, [HEADER, *rows_of_titles("a", '"b', 'c"', "d")], ",")
-        with pytest.raises(ValueError, match="lines 3 to 4: a quote opens that closes in another row"):
+        with pytest.raises(ValueError, match="lines 3 to 4: a quote is closed in another row"):
             Interactions(str(path)).load_sequences()
 
     @pytest.mark.parametrize(("delimiter", "quoted"), [(",", None), (";", None), (",", True), ("\t", True)])
@@ -120,7 +120,7 @@ class TestQuotes:
         path = write(tmp_path, [HEADER, *rows_of_titles(*quotes)], delimiter)
         data = Interactions(str(path), delimiter=delimiter, title_column="title", quoted=quoted)
         assert data.item_titles() == titles
-        assert data.report() == ["1 row runs over several lines in quotes: quoted=False reads quotes as characters."]
+        assert data.report() == ["1 row spans several lines in quotes: quoted=False reads quotes as plain characters."]
 
     def test_lines_that_look_like_rows_are_one_value_if_told_so(self, tmp_path):
         path = write(tmp_path, [HEADER, *rows_of_titles('"two\nu,x,1,lines"', "b", "c")], ",")
@@ -164,11 +164,11 @@ class TestHeader:
     @pytest.mark.parametrize(
         ("text", "arguments", "message"),
         [
-            ("1,7,978300760\n", {}, r"only 1, 7, 978300760: where the first line is a row, give .* as columns=\[...\]"),
+            ("1,7,978300760\n", {}, r"only 1, 7, 978300760: if the first line is a row, give .* as columns=\[...\]"),
             (
                 "u,i,t\n",
                 {"columns": ["user", "item", "when"]},
-                "has no column timestamp, only user, item, when: columns",
+                "has no column timestamp, only user, item, when: user_column",
             ),
             (
                 "user,item,timestamp\nu,i,1\n",
@@ -190,7 +190,7 @@ class TestHeader:
 
     @pytest.mark.parametrize("columns", ["user,item,timestamp", ["user", "item", "item"]])
     def test_columns_are_a_list_of_different_names(self, columns):
-        with pytest.raises(ValueError, match="columns must be a list of different names, one a column, got"):
+        with pytest.raises(ValueError, match="columns must be a list of different names, one per column, got"):
             Interactions("log.csv", columns=columns)
 
     @pytest.mark.parametrize("suffix", ["", ":token"])
@@ -251,7 +251,7 @@ class TestEncoding:
             (
                 "utf-16-le",
                 "latin-1",
-                "log.csv has zero bytes, so that it is UTF-16-LE or no text: set enc",
+                "log.csv has zero bytes, so it is UTF-16-LE or not text: set enc",
             ),
             ("utf-32-be", "utf-8", "set encoding='utf-32-be'"),
             ("utf-16-be", "utf-8", "set encoding='utf-16-be'"),
@@ -272,7 +272,7 @@ class TestEncoding:
             list(read_lines(tmp_path / "log.csv"))
 
     def test_unknown_names_are_refused(self):
-        with pytest.raises(ValueError, match="encoding='utf-9' is none that Python knows"):
+        with pytest.raises(ValueError, match="Python has no encoding='utf-9': set 'utf-8'"):
             Interactions("log.csv", encoding="utf-9")
 
     @pytest.mark.parametrize(
@@ -331,18 +331,18 @@ class TestTitleFile:
         with pytest.warns(UserWarning, match="What was decided in reading"):
             assert data.item_titles() == ["Pen", "Ink", "8"]
         assert data.report() == [
-            "1 of 3 items has no title in titles.csv: what has none goes by what it is called.",
+            "1 of 3 items has no title in titles.csv: the name serves as title.",
             "1 item has several titles in titles.csv: the first counts.",
         ]
 
     def test_one_of_other_items_is_refused(self, log, tmp_path):
         (tmp_path / "titles.csv").write_text("item,title\nB01,Ink\n")
-        with pytest.raises(ValueError, match=r"titles of none of the items of .*log.csv: it calls them as 'B01'"):
+        with pytest.raises(ValueError, match=r"titles of none of the items of .*log.csv: .*such as 'B01', log.csv"):
             Interactions(log, title_file=str(tmp_path / "titles.csv")).item_titles()
 
     def test_a_missing_column_names_the_arguments_of_the_file(self, log, tmp_path):
         (tmp_path / "titles.csv").write_text("id,name\n4,Ink\n")
-        with pytest.raises(ValueError, match=r"titles.csv has no column item, title, only id, name: name yours by"):
+        with pytest.raises(ValueError, match=r"titles.csv has no column item, title, only id, name: set item_col"):
             Interactions(log, title_file=str(tmp_path / "titles.csv")).item_titles()
 
     def test_a_column_beside_it_is_refused(self, log):

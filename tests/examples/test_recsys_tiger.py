@@ -1,4 +1,4 @@
-"""TIGER against T5 as transformers runs it, one row and one beam at a time, without padding."""
+"""TIGER against plain T5 of transformers, one row and one beam at a time, without padding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def path(tmp_path) -> str:
 
 
 def tiger(path: str, spread: bool = True, **kwargs) -> TIGER:
-    """A small model, whose weights are large enough to make all positions and tokens matter."""
+    """A small model with weights so large that all positions and tokens matter."""
     model = TIGER(NUM_ITEMS, path, **{**SIZES, **kwargs})
     if spread:
         for parameter in model.parameters():
@@ -59,13 +59,13 @@ def item_tokens(item: int) -> list[int]:
 
 
 def read_tokens(history: list[int], user_token: int | None = None) -> list[int]:
-    """What the encoder should read."""
+    """Expected input tokens of the encoder."""
     tokens = [token for item in history for token in item_tokens(item)]
     return [*([] if user_token is None else [user_token]), *tokens, END]
 
 
 def plain_log_probs(model: TIGER, read: list[int], written: list[int]) -> Tensor:
-    """(l + 1, tokens) of the next token after the start and each written one, by one row of the plain model."""
+    """(l + 1, tokens) of the next token after the start and after each generated one, by one row of the plain model."""
     with torch.no_grad():
         output = model.t5(input_ids=torch.tensor([read]), decoder_input_ids=torch.tensor([[START, *written]]))
     return output.logits[0].log_softmax(-1)
@@ -210,7 +210,7 @@ class TestDecoding:
             torch.testing.assert_close(row[None], model(torch.tensor([history])), atol=1e-4, rtol=1e-4)
 
     def test_steps_wait_for_nothing_from_the_device(self, path, attention):
-        """Fake tensors have no values: whatever asks for one raises, as the mask of the encoder does."""
+        """Fake tensors have no values, so code that needs one raises, as the mask of the encoder does."""
         model, batch = tiger(path, attention=attention), {"history": padded(HISTORIES)}
         scorer = model.next_code_scorer(batch)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -235,7 +235,7 @@ class TestTraining:
         torch.testing.assert_close(model.training_step(batch, 0), torch.stack(terms).mean())
 
     def test_sequences_train_on_one_of_their_targets_after_its_own_history(self, path):
-        """The loss of a draw is that of the prefix sample of one of the targets, and all of them come."""
+        """The loss of a draw equals that of the prefix sample of one of the targets, and every target is drawn."""
         model = tiger(path, dropout=0.0).train()
         sequence = [8, 3, 17, 4, 22]
         prefixes = [(sequence[:end], sequence[end]) for end in range(1, 5)]

@@ -1,4 +1,4 @@
-"""Times of all kinds: read to the last digit, and in the right unit."""
+"""Times of all kinds are read to the last digit and in the right unit."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TestOrder:
         )
 
     def test_a_split_by_time_cuts_within_a_second(self, tmp_path, kind):
-        """The users are in the file in the order that is opposite to that of their targets."""
+        """The order of the users in the file is opposite to that of their targets."""
         unit, step, write = FRACTIONS[kind]
         rows = [(f"u{user}", f"i{n}", write((n * 10 + 9 - user) * step)) for user in range(10) for n in range(2)]
         data = log(tmp_path, rows, time_unit=unit, split="time")
@@ -145,7 +145,7 @@ class TestUnit:
                 "s",
                 "The times are from 1970-01-01 to 1970-01-01 in seconds: if these are times and",
             ),
-            (["2024-05-31", "2024-05-31T12:00:00+02:00", "2024-06-01"], "s", "2 dates say no time zone, others do"),
+            (["2024-05-31", "2024-05-31T12:00:00+02:00", "2024-06-01"], "s", "2 dates have no time zone, others do"),
             ([DAY, DAY + 1, 4_000_000_000], "s", "The latest time is 2096-10-02, which is in the future."),
         ],
     )

@@ -1,4 +1,4 @@
-"""Times of interactions, and the split by them."""
+"""Times of interactions, and the split by time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def samples(dataset) -> list[dict[str, list[int] | int]]:
 
 
 def random_sequences(users: int = 40, num_items: int = 20, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
-    """Few items and few times, so that items repeat and times tie, within users and between them."""
+    """Few items and few times, so items repeat and times tie, within users and between them."""
     draw = random.Random(seed)
     lengths = [draw.randint(2, 9) for _ in range(users)]
     items = [[draw.randint(1, num_items) for _ in range(length)] for length in lengths]
@@ -66,7 +66,7 @@ class TestTimes:
         assert "times" not in protocol.train()[0].keys() | protocol.validation()[0].keys()
 
     def test_users_with_interactions_at_the_same_time_are_counted(self):
-        """Not those whose first is at the time of the last of the user before."""
+        """A tie of a user's first interaction with the last one of the previous user does not count."""
         times = [[1, 2, 3], [3, 3, 4], [4, 5, 5], [5, 5, 5, 6, 6]]
         items = [[1] * len(clock) for clock in times]
         assert UserSequences.from_lists(items, 1, times).ties() == (3, 9)
@@ -81,7 +81,7 @@ class TestTimes:
     def test_times_of_another_length_get_a_sentence(self):
         with pytest.raises(ValueError, match="as many lists as there are users, each as long as the items"):
             UserSequences.from_lists([[1, 2], [3]], 3, [[5], [6, 7]])
-        with pytest.raises(ValueError, match=r"times must be \(3,\) int64, one an interaction, got \(2,\)"):
+        with pytest.raises(ValueError, match=r"times must be \(3,\) int64, one per interaction, got \(2,\)"):
             UserSequences(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]), 3, torch.tensor([1, 2]))
 
 
@@ -162,7 +162,7 @@ class TestTimeSplit:
         [
             (
                 {1: VALIDATION},
-                "labels go back in time: a target of split 0 or before is at 30, one of a later split at 20",
+                "labels go back in time: a target of split 0 or before is at 30, but one of a later split is at 20",
             ),
             ({7: TRAIN}, "labels go back in the sequence of user 2, at equal times"),
             ({3: 3}, r"labels must be 0 \(train\), 1 \(validation\) or 2 \(test\), got 3"),
@@ -177,11 +177,11 @@ class TestTimeSplit:
             TimeSplit(TIMED, labels=labels)
 
     def test_labels_of_another_length_get_a_sentence(self):
-        with pytest.raises(ValueError, match=r"labels must be \(15,\) int64, one an interaction, got \(3,\)"):
+        with pytest.raises(ValueError, match=r"labels must be \(15,\) int64, one per interaction, got \(3,\)"):
             TimeSplit(TIMED, labels=torch.tensor([0, 1, 2]))
 
     def test_sequences_without_times_get_a_sentence(self):
-        with pytest.raises(ValueError, match="needs times, and these sequences have none: take LeaveOneOut"):
+        with pytest.raises(ValueError, match="needs times, but these sequences have none: use LeaveOneOut"):
             TimeSplit(UserSequences.from_lists(ITEMS, 8))
 
     def test_users_with_one_item_get_a_sentence(self):

@@ -1,4 +1,4 @@
-"""What items and users are called, and what else is known of items."""
+"""Names of users and items, titles and descriptions."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class TestAmazon2018:
 
 
 class TestAmazon2014:
-    """Users 0, 1, ... begin with item i0, i1, ... and go on with the next ones."""
+    """Users 0, 1, ... begin with item i0, i1, ... and continue with the next ones."""
 
     @pytest.fixture
     def web(self, tmp_path, monkeypatch) -> Path:

@@ -1,4 +1,4 @@
-"""Matrices whose singular values say something."""
+"""Matrices with given singular values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def with_spectrum(m: int, n: int, spectrum: Tensor) -> Tensor:
-    """A random (m, n) matrix in float64 of these singular values, of which there are at most min(m, n)."""
+    """A random (m, n) matrix in float64 with these singular values, at most min(m, n) of them."""
     u = torch.linalg.qr(torch.randn(m, len(spectrum), dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(n, len(spectrum), dtype=torch.float64)).Q
     return (u * spectrum.double()) @ v.T

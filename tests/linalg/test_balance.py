@@ -1,4 +1,4 @@
-"""balance(): against loops in float64, what it equalises, size of the entries, batches, degenerate input, errors."""
+"""balance(): loops in float64, balanced norms, size of the entries, batches, degenerate input, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def norm(line: Tensor, p: float) -> float:
 
 
 def looped(matrix: Tensor, p: float, exponent: float, order: str, sweeps: int) -> Tensor:
-    """One matrix in float64, an element at a time."""
+    """Balance one matrix in float64, element by element."""
     x = matrix.double() / (matrix.double().norm() or 1.0)
     for _ in range(sweeps):
         if order == "sequential":
@@ -70,7 +70,7 @@ def test_simultaneous_treats_rows_and_columns_alike() -> None:
 
 
 def test_rows_and_columns_of_any_size_come_out_the_same() -> None:
-    """The fixed point is invariant to positive diagonals, and to permutations and signs at every sweep."""
+    """The fixed point is invariant to positive diagonals, and each sweep to permutations and signs."""
     x = torch.randn(8, 12, dtype=torch.float64)
     rows, columns = torch.logspace(-3, 3, 8, dtype=torch.float64), torch.logspace(2, -2, 12, dtype=torch.float64)
     torch.testing.assert_close(balance(rows[:, None] * x * columns, sweeps=60), balance(x, sweeps=60))

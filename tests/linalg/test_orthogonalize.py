@@ -1,4 +1,4 @@
-"""orthogonalize(): singular values promised, scale, symmetry, batches, degenerate input, errors."""
+"""orthogonalize(): documented singular values, scale, symmetry, batches, degenerate input, errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def spectrum_down_to(lowest: float, count: int) -> Tensor:
 
 @pytest.mark.parametrize(("method", "lowest"), [key for key in RANGES if key[0] in reference.ITERATIVE_METHODS])
 def test_reference_ranges(method: str, lowest: float) -> None:
-    """The tables of the tests themselves: the scalar polynomials have the ranges written above."""
+    """Checks the tables of this file: the scalar polynomials have these ranges."""
     sigma = torch.logspace(math.log10(lowest), 0, 20_001, dtype=torch.float64)
     sigma = sigma / reference.SAFETY.get(method, 1.0)
     for a, b, c in reference.polynomials(method):
@@ -135,7 +135,7 @@ SPECTRA = {
 def test_gram_equals_the_plain_iteration(
     spectrum: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """What restarts are for: without them the null space of a float32 Gram matrix grows into the result."""
+    """Restarts are necessary: without them the null space of a float32 Gram matrix would grow."""
     x = matrix_with_spectrum(*shape, SPECTRA[spectrum](min(shape)), generator)[0].to(dtype)
     for steps in (1, 2, 3, 5, 8, 12):
         out = orthogonalize(x, "gram", steps, dtype)
@@ -146,7 +146,7 @@ def test_gram_equals_the_plain_iteration(
 
 
 def test_gram_of_imprecise_products_is_the_plain_iteration(generator: torch.Generator) -> None:
-    """``torch.set_float32_matmul_precision``, which Lightning recommends: Gram matrices would not survive it."""
+    """Products after ``torch.set_float32_matmul_precision`` would be too imprecise for Gram matrices."""
     x = matrix_with_spectrum(64, 128, SPECTRA["half rank"](64), generator)[0].float()
     torch.set_float32_matmul_precision("medium")
     for steps in (5, 8):
@@ -154,7 +154,7 @@ def test_gram_of_imprecise_products_is_the_plain_iteration(generator: torch.Gene
 
 
 def test_qdwh_stays_exact_beside_imprecise_products() -> None:
-    """And leaves the setting as it was."""
+    """It also restores the setting."""
     x = torch.randn(48, 64)
     torch.set_float32_matmul_precision("medium")
     values = torch.linalg.svdvals(orthogonalize(x, "qdwh", dtype=torch.float32).double())
@@ -185,7 +185,7 @@ def test_qdwh_is_the_polar_factor(
 def test_qdwh_keeps_a_null_space_as_svd_does(
     shape: tuple[int, int], spectrum: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """Weights that bring 1e-5 to 1 bring the rounding errors of float32 to a tenth."""
+    """Weights that raise 1e-5 to 1 also raise rounding errors of float32 to a tenth."""
     values = SPECTRA[spectrum](min(shape))
     x, u, v = matrix_with_spectrum(*shape, values, generator)
     out = orthogonalize(x.to(dtype), "qdwh", dtype=dtype).double()
@@ -195,7 +195,7 @@ def test_qdwh_keeps_a_null_space_as_svd_does(
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
 def test_qdwh_steps_are_those_of_the_scalar_iteration(steps: int, generator: torch.Generator) -> None:
-    """Cut off early, or run beyond the end, the singular values are those of the published weights."""
+    """With fewer or more steps, too, the singular values are those of the published weights."""
     values = spectrum_down_to(1e-4, 12)
     x, u, v = matrix_with_spectrum(12, 40, values, generator)
     low = torch.finfo(torch.float64).eps ** (2 / 3)
@@ -230,7 +230,7 @@ def test_powers_of_two_change_no_bit(method: str, exponent: int) -> None:
 @pytest.mark.parametrize("scale", [1e-7, 1e4])
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_float16_input_of_any_size(method: str, scale: float) -> None:
-    """Fault 5: a finite large half-precision gradient overflows where it is squared before it is normalized."""
+    """Fault 5: a large finite half-precision gradient overflows if it is squared before it is normalized."""
     x = (torch.randn(12, 20) * scale).half()
     out = orthogonalize(x, method=method, dtype=torch.float32)
     assert out.dtype == torch.float16
@@ -252,7 +252,7 @@ def test_zero_stays_zero(method: str, dtype: torch.dtype, shape: tuple[int, ...]
 )
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_rank_one_stays_rank_one(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Fault 6: nothing grows in the null space, and the one singular value is where the polynomial puts 1."""
+    """Fault 6: nothing grows in the null space, and the one singular value is the image of 1 under the polynomial."""
     m, n = shape
     x = torch.outer(torch.randn(m), torch.randn(n))
     values = torch.linalg.svdvals(orthogonalize(x, method=method, dtype=dtype).double())
@@ -291,7 +291,7 @@ def test_rank_deficient_keeps_its_null_space(method: str) -> None:
 
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_top_direction_survives_bfloat16(method: str) -> None:
-    """Where a polynomial nearly vanishes, rounding decides what the largest singular value becomes, sign and all."""
+    """Near a zero of a polynomial, rounding decides the largest singular value and its sign."""
     for top in torch.arange(0.5, 1.0, 0.02).tolist():
         rest = math.sqrt((1 - top**2) / 7)
         for seed in range(3):
@@ -306,7 +306,7 @@ def test_top_direction_survives_bfloat16(method: str) -> None:
 )
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_batch_equals_one_at_a_time(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Fault 27: neighbours of other sizes in a batch leave no trace."""
+    """Fault 27: matrices of other magnitudes in a batch have no effect."""
     scales = torch.tensor([1e-20, 1.0, 1e20, 1e-3, 0.0, 7.0]).view(2, 3, 1, 1)
     x = torch.randn(2, 3, *shape) * scales
     together = orthogonalize(x, method=method, dtype=dtype)
@@ -320,7 +320,7 @@ def test_batch_equals_one_at_a_time(method: str, shape: tuple[int, int], dtype: 
 @pytest.mark.parametrize("neighbour", [0.0, 1e-30, 1e30])
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_a_strange_neighbour_changes_no_bit(method: str, neighbour: float) -> None:
-    """What happens to one matrix of a batch must not choose how the others are computed."""
+    """The values of one matrix in a batch must not change how the others are computed."""
     x = torch.randn(4, 6, 9)
     plain = orthogonalize(x, method=method, dtype=torch.float32)
     x[1] *= neighbour
@@ -362,7 +362,7 @@ def test_input_is_not_modified(method: str, shape: tuple[int, ...], dtype: torch
 @pytest.mark.parametrize("scale", [1.0, 1e-25])
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_overwriting_changes_no_bit_and_nothing_else(method: str, scale: float, dtype: torch.dtype) -> None:
-    """Matrices that are part of a larger tensor leave the rest of it alone."""
+    """If the matrices are part of a larger tensor, the rest of it does not change."""
     base = torch.randn(5, 8, 24) * scale
     for cut in (base[1:3], base[1:3].mT, base[1:3, :, ::2], base[1:3, :4], base[1].expand(3, 8, 24)):
         mine = base.clone()
@@ -377,7 +377,7 @@ def test_overwriting_changes_no_bit_and_nothing_else(method: str, scale: float, 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (3, 16, 128), (3, 128, 16), (3, 48, 96)])
 @pytest.mark.parametrize("method", [method for method in ALGORITHMS if method != "svd"])
 def test_temporary_memory_is_two_stacks(method: str, shape: tuple[int, ...]) -> None:
-    """Beside matrices that may be overwritten; a third stack beside those that may not."""
+    """Two stacks with ``overwrite=True``, a third one without."""
     small = 0.05
     for overwrite, stacks in ((True, 2), (False, 3)):
         x = torch.randn(shape)
@@ -418,7 +418,7 @@ def test_a_vector_becomes_its_direction(method: str, shape: tuple[int, ...]) -> 
 
 
 def test_default_dtype_keeps_the_input_dtype_and_is_right() -> None:
-    """Fault 35: the default on this device is some fast dtype, never one that loses the answer."""
+    """Fault 35: the default dtype on this device is fast but precise enough."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(16, 24).to(dtype)
         out = orthogonalize(x, method="deepseek")

@@ -1,4 +1,4 @@
-"""Power iteration: direction, bounds, fixed and warm starts, drift, overtaking, what earlier calls left, errors."""
+"""Power iteration: direction, bounds, fixed and warm starts, drift, overtaking, old start vectors, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.linalg.matrices import CASES, with_spectrum
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (20, 20), (1, 9), (9, 1)])
 def test_power_iteration_finds_norm_and_direction(shape: tuple[int, int]) -> None:
-    """The vector is the leading singular one on the smaller side."""
+    """The vector is the leading singular vector on the smaller side."""
     r = min(shape)
     x = with_spectrum(*shape, 0.5 ** torch.arange(r)).float()
     norm, vector = power_iteration(x)
@@ -71,7 +71,7 @@ def test_warm_start_continues() -> None:
 
 @pytest.mark.parametrize(("shape", "estimate"), [((512, 512), False), ((128, 512), True), ((512, 128), False)], ids=str)
 def test_drifting_gaussian_is_followed_to_one_percent(shape: tuple[int, int], estimate: bool) -> None:
-    """No gap at the top of the spectrum; each call sees other weights, one percent away."""
+    """The spectrum has no gap at the top, and the weights change by one percent between calls."""
     x, vectors, errors = torch.randn(shape), None, []
     for call in range(40):
         if estimate:
@@ -89,7 +89,7 @@ def test_drifting_gaussian_is_followed_to_one_percent(shape: tuple[int, int], es
 @pytest.mark.parametrize("grows", [1.05, 10.0])
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_direction_that_overtakes_is_found(diagonal: bool, grows: float) -> None:
-    """On the diagonal nothing, not even rounding, leads from the old direction to the new one."""
+    """For a diagonal matrix nothing, not even rounding, turns the old direction to the new one."""
     sizes = torch.full((64,), 0.5)
     sizes[5], sizes[40] = 2.0, 1.0
     u, v = (torch.eye(64), torch.eye(64)) if diagonal else (torch.linalg.qr(torch.randn(64, 64)).Q for _ in range(2))
@@ -105,7 +105,7 @@ def test_direction_that_overtakes_is_found(diagonal: bool, grows: float) -> None
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 def test_vectors_of_a_useless_matrix_do_no_harm_later(bad: float) -> None:
-    """A zero-initialised weight, or one bad step, is followed by good ones."""
+    """After a zero-initialized weight or a bad step come good weights."""
     x = with_spectrum(8, 12, 0.5 ** torch.arange(8)).float().expand(3, 8, 12).clone()
     useless = x.clone()
     useless[1] = bad
@@ -116,7 +116,7 @@ def test_vectors_of_a_useless_matrix_do_no_harm_later(bad: float) -> None:
 
 
 def test_vectors_carry_no_graph_and_are_not_modified() -> None:
-    """They are kept from step to step, which would keep every graph alive."""
+    """They are kept between steps, so a graph would keep the graphs of all steps alive."""
     weight = torch.nn.Parameter(torch.randn(2, 5, 7))
     for run in (power_iteration, estimate_spectra):
         _, vectors = run(weight)
@@ -130,7 +130,7 @@ def test_vectors_carry_no_graph_and_are_not_modified() -> None:
 @pytest.mark.parametrize("kept", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_vectors_may_have_another_dtype(dtype: torch.dtype, kept: torch.dtype) -> None:
-    """A checkpoint, or a model cast after training, changes it."""
+    """It changes with a checkpoint, or a cast of the model after training."""
     x = torch.randn(2, 5, 7).to(dtype)
     norm, vectors = power_iteration(x, power_iteration(x)[1].to(kept))
     assert norm.dtype == vectors.dtype == power_iteration(x)[0].dtype

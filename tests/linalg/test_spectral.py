@@ -51,7 +51,7 @@ EVERYTHING: dict[str, Measure] = MEASURES | {
 
 
 def written_out(matrix: Tensor) -> dict[str, float]:
-    """The measures of one matrix in float64, formula by formula."""
+    """The measures of one matrix in float64, by their formulas."""
     x = matrix.detach().double().numpy()
     m, n = x.shape
     r = min(m, n)
@@ -76,7 +76,7 @@ def written_out(matrix: Tensor) -> dict[str, float]:
     ids=str,
 )
 def test_equals_the_formula(case: str, dtype: torch.dtype) -> None:
-    """Low precision is of the numbers given, never of the arithmetic."""
+    """The input may have low precision; the arithmetic never has."""
     x = CASES[case].to(dtype)
     wanted = written_out(x)
     # Where rounding adds up: the error of an orthogonal matrix, and the entropy of singular values that are 0.
@@ -153,7 +153,7 @@ def test_limits() -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e-20])
 @pytest.mark.parametrize("case", ["tall", "wide", "rank one", "one number", "orthogonal"])
 def test_any_size_of_the_entries(case: str, scale: float) -> None:
-    """Squares leave float32 far earlier, on both sides. Matrices of other sizes in the batch are no excuse."""
+    """Squares would leave the range of float32 far earlier, also beside matrices of other magnitudes in a batch."""
     x = CASES[case].float()
     batch = torch.stack([x, x * scale, x / scale])
     for name, measure in EVERYTHING.items():
@@ -277,7 +277,7 @@ def test_spectra_say_what_was_not_measured() -> None:
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_global_state_is_neither_used_nor_changed(name: str) -> None:
-    """Neither random numbers nor the precision of products."""
+    """Global state means random numbers and the precision of products."""
     measure, x = EVERYTHING[name], torch.randn(2, 64, 96) * torch.logspace(-1, 1, 96)
     before, wanted = torch.get_rng_state(), measure(x)
     assert torch.equal(torch.get_rng_state(), before)
@@ -343,7 +343,7 @@ def test_matrices_without_entries_are_refused(name: str) -> None:
 def test_small_singular_values_of_float32_matrices_are_not_rounded_away(
     shape: tuple[int, int], condition: float, rtol: float
 ) -> None:
-    """Scaling takes nothing: the largest entry is no power of two."""
+    """Scaling loses no precision, although the largest entry is not a power of two."""
     generator = torch.Generator().manual_seed(3)
     m, n = shape
     left, _ = torch.linalg.qr(torch.randn(m, n, generator=generator, dtype=torch.float64))

@@ -15,7 +15,7 @@ SHAPES = [(8, 32), (12, 12), (30, 6), (1, 9), (9, 1)]
 
 
 def coupled(matrix: Tensor, beta: float, steps: int) -> Tensor:
-    """One matrix in float64: the iteration for the inverse square root of the Gram matrix, as published."""
+    """Whiten one matrix in float64 by the published iteration for the inverse square root of the Gram matrix."""
     x = matrix.double()
     if x.shape[0] > x.shape[1]:
         return coupled(x.T, beta, steps).T
@@ -58,7 +58,7 @@ def test_rows_become_uncorrelated() -> None:
 @pytest.mark.parametrize(("beta", "steps"), [(0.5, 30), (0.8, 10), (0.8, 30)])
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (64, 64)])
 def test_a_null_space_stays_bounded(shape: tuple[int, int], beta: float, steps: int) -> None:
-    """Standardised rows of a tall matrix have one. A float32 Gram matrix there would be negative, and diverge."""
+    """Standardized rows of a tall matrix have one. There a float32 Gram matrix would be negative and diverge."""
     x = torch.randn(shape)
     x = x - x.mean(dim=1, keepdim=True)
     x[:, : shape[1] // 2] = x[:, -(shape[1] // 2) :]

@@ -1,4 +1,4 @@
-"""Whole partitions as short tables, so that a test can say what becomes of every parameter of a model."""
+"""Short tables of the expected partition of every parameter of a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_muon.partition import ParameterAssignment, Partition, partition_p
 def assert_partition(module: nn.Module, expected: str) -> Partition:
     """Check every parameter of a module against a table.
 
-    A line is ``glob xcount role [layout | layout ...]``. The first glob that matches a parameter speaks for it; each
-    line must speak for exactly ``count`` parameters. Hidden parameters go to the group matrix and are read as the line
-    says; where it lists several layouts, all of them occur. All others go to the group other, without a layout.
-    A layout is what :func:`layout_text` gives.
+    A line is ``glob xcount role [layout | layout ...]``. Each parameter belongs to the first line whose glob matches;
+    each line must have exactly ``count`` parameters. Hidden parameters are in the group matrix with a layout of the
+    line; if it lists several layouts, all of them must occur. All others are in the group other, without a layout.
+    Layouts have the form of :func:`layout_text`.
     """
     partition = partition_parameters(module)
     assert [entry.name for entry in partition] == [name for name, _ in module.named_parameters()]

@@ -1,4 +1,4 @@
-"""Small modules that the partition is tried on."""
+"""Small modules for tests of the partition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Parts(nn.Module):
 
 
 class Block(Parts):
-    """A transformer block without a name that says so."""
+    """A transformer block without a telling name."""
 
     def __init__(self, width: int) -> None:
         super().__init__(

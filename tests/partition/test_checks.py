@@ -1,4 +1,4 @@
-"""Modules that no partition can serve."""
+"""Modules that a partition refuses."""
 
 from __future__ import annotations
 

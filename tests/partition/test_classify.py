@@ -69,7 +69,7 @@ def test_attention_with_keys_and_values_of_other_widths():
 
 
 def test_normalised_weights():
-    """Magnitudes are vectors; directions are what the module's own type says."""
+    """Magnitudes are vectors; the type of the module decides about the directions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         old = nn.utils.weight_norm(nn.Linear(8, 16))
@@ -106,7 +106,7 @@ def test_normalised_weights():
 
 
 def test_convolutions():
-    """Grouped filters are separate maps, depthwise ones no matrices; a pointwise last one is the head."""
+    """Grouped filters are separate maps, depthwise ones are not matrices; a pointwise last layer is the head."""
     module = Parts(
         stem=nn.Conv2d(3, 16, 3),
         norm=nn.BatchNorm2d(16),
@@ -168,7 +168,7 @@ def test_raw_parameters():
 
 
 def test_raw_experts():
-    """Biases beside the weights tell that they are stored (E, fan-in, fan-out); without biases the reason says so."""
+    """Biases beside the weights show that they are stored (E, fan-in, fan-out); without biases the reason says so."""
 
     class Experts(nn.Module):
         def __init__(self, bias: bool) -> None:
@@ -186,7 +186,7 @@ def test_raw_experts():
 
 
 def test_linear_layers_of_other_libraries():
-    """A module with the attributes and the weight of nn.Linear is one."""
+    """A module with the attributes and the weight of nn.Linear counts as one."""
 
     class ColumnParallelLinear(nn.Module):
         def __init__(self) -> None:
@@ -206,7 +206,7 @@ def test_linear_layers_of_other_libraries():
     ],
 )
 def test_fused_attention_of_unknown_classes(attributes, fan_out, expected):
-    """Thirds, or the sizes that the module tells; else one matrix, and the reason says that it may be several."""
+    """Thirds, or the sizes in the module; otherwise one matrix, and the reason says that it may be several."""
     attention = Parts(qkv=nn.Linear(16, fan_out, bias=False))
     for name, value in attributes.items():
         setattr(attention, name, value)
@@ -248,7 +248,7 @@ def test_frozen_parameters_are_listed_but_join_no_group():
 
 
 def test_frozen_modules_behind_the_head_do_not_count():
-    """A frozen teacher registered last does not take the head's place."""
+    """A frozen teacher that is registered last is not taken for the head."""
     module = Parts(encoder=mlp(20, 32, 24), out=nn.Linear(24, 7), teacher=mlp(20, 40, 9).requires_grad_(False))
     assert roles(module)["out.weight"] == "head"
 

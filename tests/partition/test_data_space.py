@@ -1,4 +1,4 @@
-"""Heads in the space of the data, in both directions: what ends in it, and what only looks as if it did."""
+"""Heads in the space of the data: layers that end in it, and layers that only seem to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.partition.modules import Block, Parts, mlp, roles
 
 
 def heads(module: nn.Module) -> set[str]:
-    """Names of the layers that are heads; those with one output are vectors by their shape, or heads."""
+    """Names of the heads; a layer with one output has the role vector by its shape, or head."""
     return {name.removesuffix(".weight") for name, role in roles(module).items() if role == "head"}
 
 

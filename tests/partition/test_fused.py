@@ -1,4 +1,4 @@
-"""Fused projections of libraries that are not transformers, as their sources cut them."""
+"""Fused projections of other libraries than transformers, split as in their sources."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layout_of(module: nn.Module, name: str) -> str:
 
 
 def attention(name: str, rows: int, kind: str = "Attention", out: int = 16, **attributes: object) -> nn.Module:
-    """An attention of width 16 with a fused projection and an output projection, without code."""
+    """An attention of width 16 with a fused projection and an output projection, without a forward."""
     module = type(kind, (Parts,), {})(**{name: nn.Linear(16, rows), "to_out": nn.Linear(out, 16)})
     for key, value in attributes.items():
         setattr(module, key, value)
@@ -128,7 +128,7 @@ def test_one_matrix_where_nothing_settles_it(module, name, noted):
 
 
 class Cut(nn.Module):
-    """Layers whose outputs the code cuts, or does not."""
+    """Layers whose outputs the code chunks, or not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,12 +170,12 @@ class Cut(nn.Module):
     ],
 )
 def test_as_the_code_cuts_it(name, expected):
-    """Equal parts along the features, whatever the layer is called; not along tokens, not in two ways."""
+    """Equal parts along the features, with any name of the layer; not along tokens, and not in two ways."""
     assert layout_of(Cut(), f"{name}.weight") == expected
 
 
 class Split(nn.Module):
-    """Layers whose outputs the code splits by sizes that it names, and gates of a recurrent cell."""
+    """Layers whose outputs the code splits by named sizes, and gates of a recurrent cell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,13 +221,13 @@ class Split(nn.Module):
     ],
 )
 def test_as_the_code_splits_it(name, rows):
-    """Sizes that attributes give and that add up; along the features; as many parts as names."""
+    """The sizes are attributes that add up, along the features, with as many parts as names."""
     entry = entry_of(Split(), f"{name}.weight")
     assert (entry.role, entry.layout.split) == ("hidden", rows)
 
 
 class HSTU(nn.Module):
-    """A raw parameter, an activation, and a split by sizes that attributes give: as in RecTools and Meta's code."""
+    """A raw parameter, an activation, and a split by sizes in attributes, as in RecTools and Meta's code."""
 
     def __init__(self) -> None:
         super().__init__()

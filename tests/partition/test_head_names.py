@@ -1,4 +1,4 @@
-"""Heads of forecasting libraries by their standard names, in both directions."""
+"""Heads of forecasting libraries by their standard names, and other layers with such names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DISTRIBUTIONS = [
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("first", [True, False])
 def test_distribution_heads_wherever_they_are_registered(name, first):
-    """One projection, one an argument of the distribution, or an MLP; registered before or behind the rest."""
+    """One projection, one per argument of the distribution, or an MLP; registered before or after the rest."""
     for part, ends in (
         (nn.Linear(32, 6), {name}),
         (Parts(proj=nn.ModuleList(nn.Linear(32, 4) for _ in range(3))), {f"{name}.proj.{i}" for i in range(3)}),
@@ -121,7 +121,7 @@ def test_basis_heads_of_blocks_do_not_hide_the_head_of_the_model():
 
 
 def residual(fan_in: int, hidden: int, fan_out: int, norm: bool) -> nn.Module:
-    """The residual block of TiDE: an MLP, a skip connection around it, perhaps a norm behind both."""
+    """The residual block of TiDE: an MLP, a skip connection around it, and optionally a norm after both."""
     parts = {"dense": mlp(fan_in, hidden, fan_out), "skip": nn.Linear(fan_in, fan_out)}
     return Parts(**parts, **({"layer_norm": nn.LayerNorm(fan_out)} if norm else {}))
 
@@ -130,7 +130,7 @@ def residual(fan_in: int, hidden: int, fan_out: int, norm: bool) -> nn.Module:
 @pytest.mark.parametrize("skip", ["lookback_skip", "global_skip"])
 @pytest.mark.parametrize("width", [6, 18], ids=["as wide as an embedding", "wide"])
 def test_both_paths_to_the_forecast_of_tide(norm, skip, width):
-    """The temporal decoder with its skip connection, and the map of the lookback window; all else is hidden."""
+    """These are the temporal decoder with its skip connection, and the map of the lookback window."""
     module = Parts(
         month=nn.Embedding(12, 6),
         encoders=nn.ModuleList([residual(30, 64, 64, norm)]),

@@ -32,7 +32,7 @@ def test_a_rule_overrides_the_guess():
 
 
 def test_head_registered_first():
-    """A common name counts wherever the layer is registered, unless the layer is as wide as a hidden state."""
+    """A common name counts at any place of registration, unless the layer is as wide as a hidden state."""
     module = Parts(out=nn.Linear(16, 16), first=nn.Linear(16, 16), norm=nn.LayerNorm(16))
     assert roles(module)["out.weight"] == "hidden"
     assert roles(Parts(out=nn.Linear(64, 10), first=nn.Linear(784, 64))) == {
@@ -51,7 +51,7 @@ def test_heads_of_several_tasks():
 
 
 def test_head_with_a_known_number_of_classes():
-    """A width that other layers have too is a head's where the module says how many classes there are."""
+    """A layer as wide as others is a head if the module has that number of classes."""
     module = Parts(first=nn.Linear(16, 16), last=nn.Linear(16, 16))
     assert roles(module) == {"first.weight": "hidden", "last.weight": "hidden"}
     module.num_classes = 16
@@ -95,7 +95,7 @@ def test_adaptive_softmax():
 
 
 def test_sasrec_scored_against_its_embedding():
-    """No layer is tied, yet the last one writes into the embedding's space: it is hidden, also in a single block."""
+    """No layer is tied, but the last one ends in the embedding's space, so it is hidden, also in a single block."""
     for count in (1, 2):
         module = Parts(
             items=nn.Embedding(100, 16),
@@ -123,7 +123,7 @@ def test_gru4rec():
 
 
 def test_caser():
-    """Filters over the embedded sequence are hidden: one channel is no raw input beside an embedding."""
+    """Filters over the embedded sequence are hidden: beside an embedding one channel is not a raw input."""
     module = Parts(
         users=nn.Embedding(50, 16),
         items=nn.Embedding(100, 16),

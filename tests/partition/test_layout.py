@@ -1,4 +1,4 @@
-"""MatrixLayout: every element once, views that write through, and what it refuses."""
+"""MatrixLayout: every element once, views that write through, and refused input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that are called a head: which of their layers are output heads."""
+"""Submodules named head: which of their layers are output heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PredictionHead(Parts):
 
 
 class Head(Parts):
-    """A head of attention."""
+    """An attention head."""
 
     def __init__(self) -> None:
         super().__init__(key=nn.Linear(16, 8), query=nn.Linear(16, 8), value=nn.Linear(16, 8))
@@ -83,7 +83,7 @@ def test_output_heads(module, expected):
 
 
 def test_every_head_that_a_model_declares():
-    """timm's distilled models return two heads, some of them with a norm around the layer."""
+    """Distilled models of timm declare two heads, some with a norm around the layer."""
 
     class Distilled(Parts):
         def get_classifier(self):

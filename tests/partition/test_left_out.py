@@ -1,4 +1,4 @@
-"""The warning where the group matrix is nearly empty although there may be many matrices."""
+"""The warning about a nearly empty group matrix in a model that may have many matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers that are not torch's: which way they store their weights, by class, sizes or code."""
+"""Linear layers outside torch: orientation of their weights, by class, sizes or code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.partition.modules import Parts
 
 
 def read(module: nn.Module) -> dict[str, str]:
-    """Layout of each hidden matrix and role of everything else but vectors, by name."""
+    """Layout of each hidden matrix and role of the other parameters except vectors, by name."""
     entries = (entry for entry in partition_parameters(module) if entry.role != "vector")
     return {entry.name: layout_text(entry) if entry.role == "hidden" else entry.role for entry in entries}
 
 
 class Raw(nn.Module):
-    """Raw parameters of these shapes, and attributes."""
+    """A module with raw parameters of these shapes, and attributes."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], **attributes: object) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Dense(Raw):
 
 
 class Flipped(Raw):
-    """Transposed on the way, under a local name."""
+    """The forward transposes it, under a local name."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__({"W": (fan_out, fan_in)})
@@ -94,7 +94,7 @@ class Contraction(Raw):
     ],
 )
 def test_linear_layers_by_sizes_or_code(layer, name, transposed):
-    """Square ones too: their shape does not tell, their code does. The last one is a head like any last layer."""
+    """Also for square weights, where only the code tells. The last layer is a head, as always."""
     sizes = [16, 64, 64, 5]
     module = nn.Sequential(
         *itertools.chain.from_iterable((layer(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes))
@@ -107,7 +107,7 @@ def test_linear_layers_by_sizes_or_code(layer, name, transposed):
 
 
 class Right(Raw):
-    """(fan-in, fan-out), and what subclasses make of it."""
+    """(fan-in, fan-out); base class of the next ones."""
 
     def __init__(self) -> None:
         super().__init__({"weight": (16, 16)})
@@ -175,7 +175,7 @@ class PassedOn(Passing, Right):
 
 
 class ExtendedElsewhere(Right):
-    """What it calls of its base is another method: the base's forward is dead."""
+    """Calls another method of its base, whose forward is unused."""
 
     def extra_repr(self):
         return super().extra_repr()
@@ -205,7 +205,7 @@ def test_overridden_methods_say_nothing(layer, expected):
 
 
 class Relational(Raw):
-    """A map for each relation, as in RGCN: (relations, fan-in, fan-out)."""
+    """One map per relation, as in RGCN: (relations, fan-in, fan-out)."""
 
     def __init__(self, count: int, fan_in: int, fan_out: int) -> None:
         shapes = {"weight": (count, fan_in, fan_out), "root": (fan_in, fan_out), "comp": (9, count)}
@@ -219,7 +219,7 @@ class Relational(Raw):
 
 
 class Bases(Raw):
-    """Relations mixed of bases: only the sizes tell."""
+    """Maps of relations as sums of bases: only the sizes tell."""
 
     def __init__(self, count: int, fan_in: int, fan_out: int) -> None:
         shapes = {"basis": (count, fan_in, fan_out)}
@@ -227,7 +227,7 @@ class Bases(Raw):
 
 
 class Selected(Raw):
-    """A map for each type, picked by index and applied by einsum."""
+    """One map per type, selected by index and applied by einsum."""
 
     def __init__(self, count: int, fan_in: int, fan_out: int) -> None:
         super().__init__({"weight": (count, fan_in, fan_out)})
@@ -238,7 +238,7 @@ class Selected(Raw):
 
 
 class Ensemble(Raw):
-    """A map and a bias for each member, applied to all members at once: as in TabM of deeptab."""
+    """One map and one bias per member, applied to all members at once, as in TabM of deeptab."""
 
     def __init__(self, count: int, fan_in: int, fan_out: int) -> None:
         super().__init__({"weight": (count, fan_in, fan_out), "bias": (count, fan_out)})
@@ -248,7 +248,7 @@ class Ensemble(Raw):
 
 
 class Unexplained(Raw):
-    """No bias says that the first dimension counts maps."""
+    """Without a bias nothing shows that the first dimension counts maps."""
 
     def __init__(self) -> None:
         super().__init__({"weight": (5, 16, 32)})
@@ -276,7 +276,7 @@ def test_stacked_maps(layer, expected):
 
 
 class Attention(Raw):
-    """Rows that inputs are compared with are no layers, unless they are applied as one."""
+    """Rows that inputs are compared with are not layers, unless they are also applied as one."""
 
     def __init__(self) -> None:
         shapes = ("keys", "memory", "prototypes", "rows", "trend_basis", "query", "mixing", "mask")
@@ -308,7 +308,7 @@ def test_a_weight_that_is_applied_both_ways_is_not_known():
 
 
 def test_sizes_that_are_no_numbers():
-    """HGTConv names a dictionary of sizes, others a tuple."""
+    """HGTConv has a dictionary of sizes, other layers a tuple."""
     layer = GraphLinear(16, 32)
     layer.in_channels = {"author": 16}
     assert read(Parts(block=Parts(qkv=nn.Linear(16, 40), layer=layer), norm=nn.LayerNorm(32))) == {
@@ -324,7 +324,7 @@ def test_square_weights_whose_direction_nothing_tells():
 
 
 def test_layers_without_a_source():
-    """Typed at a prompt or piped in, a class has no source; the kind of its products still tells."""
+    """A class from a prompt or a pipe has no source, but the type of its products still tells."""
     names: dict[str, type[nn.Module]] = {}
     for name, product in (
         ("Left", "F.linear(x, self.w)"),
@@ -358,7 +358,7 @@ class Lists(nn.Module):
 
 
 def test_lists_of_parameters_go_by_the_name_of_the_list():
-    """Tables by name; maps where the code of the module applies the elements; else other, with a reason."""
+    """Tables by name; maps if the code of the module applies the elements; otherwise other, with a reason."""
     partition = partition_parameters(Lists())
     assert read(Lists()) == {
         "weights.0": "16 x 16",
@@ -377,7 +377,7 @@ def test_lists_of_parameters_go_by_the_name_of_the_list():
 
 
 def test_layers_of_torch_geometric():
-    """By class: what was read in its sources. Their names and modules, without the package."""
+    """By class, as read in the sources; stand-ins have the names and modules, without the package."""
 
     def layer(path: str, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
         module, _, name = path.rpartition(".")
@@ -413,7 +413,7 @@ def test_the_head_of_an_ensemble_is_its_last_map():
 
 
 def test_graph_networks_have_a_head():
-    """The last convolution of a list of them gives the classes: a wrapper around one layer is no repeated block."""
+    """The last convolution of a list is the head: a wrapper around one layer is not a repeated block."""
 
     class Convolution(nn.Module):
         def __init__(self, fan_in: int, fan_out: int) -> None:

@@ -1,4 +1,4 @@
-"""Names without the prefixes of wrappers, and near names."""
+"""Names without the prefixes of wrappers, and similar names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_data_parallel_wrappers():
 
 
 def test_fabric():
-    """Fabric registers a module twice: forward and original."""
+    """Fabric registers a module twice: as forward module and as original."""
     fabric_module = pytest.importorskip("lightning.fabric.wrappers")._FabricModule
     partition = partition_parameters(fabric_module(Net(), None))
     assert [entry.name for entry in partition] == PLAIN

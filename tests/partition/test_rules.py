@@ -1,4 +1,4 @@
-"""ParameterRule: what it selects, what it changes, in which order, and what it refuses."""
+"""ParameterRule: selection, changes, order, and refused input."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_rule_in_words():
 
 
 def test_rules_parse_from_yaml():
-    """As jsonargparse builds them for the command line."""
+    """jsonargparse builds them for the command line."""
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--rules", type=list[ParameterRule])
@@ -251,7 +251,7 @@ def test_unknown_name_lists_near_ones():
 
 
 def test_a_later_rule_may_send_to_other_what_an_earlier_one_gave_a_layout() -> None:
-    """A user's rule over that of a model, which says how its fused parameter is read."""
+    """A rule of the user overrides one of the model about a fused parameter."""
     module = nn.Module()
     module.fused = nn.Parameter(torch.randn(4, 8))
     own = ParameterRule(pattern="fused", group="matrix", split=2, transposed=True)
@@ -275,7 +275,7 @@ def test_a_later_rule_may_send_to_other_what_an_earlier_one_gave_a_layout() -> N
     ],
 )
 def test_near_names_are_what_a_user_can_mean(pattern, first, absent):
-    """Weights before norms and biases, unless the pattern says one of these; one name for the like layers of blocks."""
+    """Weights before norms and biases, unless the pattern names one of these; one name for equal layers of blocks."""
     model = Parts(embed=nn.Embedding(30, 16), blocks=nn.Sequential(Block(16), Block(16)), lm_head=nn.Linear(16, 30))
     with pytest.raises(ValueError, match="matches no parameter") as error:
         partition_parameters(model, [ParameterRule(pattern=pattern, group="other")])

@@ -1,4 +1,4 @@
-"""Tensors that a layer's weight is made of: matrices where that is a scale, a sum or a mask; else other, and why."""
+"""Tensors under a parametrization: matrices if it is a scale, a sum or a mask; otherwise other, with a reason."""
 
 from __future__ import annotations
 

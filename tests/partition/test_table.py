@@ -1,4 +1,4 @@
-"""The table of a partition: what stands in its rows and under it, at usual widths."""
+"""The table of a partition: its rows and caption, at usual widths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Model(nn.Module):
 
 
 def rows(module: nn.Module, *rules: ParameterRule) -> dict[str, list[str]]:
-    """Cells by what stands in the first column."""
+    """Cells by the text in the first column."""
     table = partition_parameters(module, rules).table()
     columns = [list(column.cells) for column in table.columns]
     return {str(first): [str(cell) for cell in rest] for first, *rest in zip(*columns, strict=True)}
@@ -91,7 +91,7 @@ def test_caption_of_one():
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_table_fits_the_width(width):
-    """No column is cut: all numbers and the roles can be read at 80 columns too."""
+    """No column is truncated: all numbers and the roles are readable at 80 columns too."""
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(partition_parameters(Model(), [ParameterRule(role="embedding", options={"lr": 0.1})]).table())
     text = console.export_text()
@@ -102,7 +102,7 @@ def test_table_fits_the_width(width):
 
 
 def test_long_names_break_after_dots():
-    """And where there is no dot to break after, anywhere; nothing is lost."""
+    """A name without a dot breaks anywhere; no character is lost."""
     names = ("layers.0.projection_in.weight", "a_name_that_is_long_without_any_dot.bias x12")
     printed = []
     for name in names:

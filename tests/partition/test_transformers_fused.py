@@ -1,4 +1,4 @@
-"""Fused attention of transformers, each family in its own order: every parameter, by hand."""
+"""Fused attention of transformers, each family in its own order: expected tables written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The partition of vision, audio, state-space and adapted models of transformers: every parameter, by hand."""
+"""Vision, audio, state-space and adapted models of transformers: expected partitions written by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_vit_without_a_head():
 
 
 def test_swin():
-    """Bias tables stay with other; patch merging is hidden, the patch embedding is the stem."""
+    """Bias tables are embeddings; patch merging is hidden; the patch embedding is the stem."""
     assert_partition(
         build(
             "SwinForImageClassification",
@@ -72,7 +72,7 @@ def test_swin():
 
 
 def test_convnext():
-    """Depthwise filters are no matrices; pointwise ones are Linear layers, those that shrink are flattened."""
+    """Depthwise filters are not matrices; pointwise ones are Linear layers; downsampling ones are flattened."""
     partition = assert_partition(
         build("ConvNextForImageClassification", hidden_sizes=[8, 16, 24], depths=[1, 2, 1], num_stages=3),
         """
@@ -145,7 +145,7 @@ def test_segformer_for_segmentation():
 
 
 def test_detr():
-    """Two heads beside each other, one of them three layers deep."""
+    """Two heads side by side, one of them three layers deep."""
     backbone = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"]
     )
@@ -170,7 +170,7 @@ def test_detr():
 
 
 def test_clip():
-    """The projections into the joint space are hidden: nothing says that they are classes."""
+    """The projections into the joint space are hidden: nothing suggests classes."""
     vision = dict(VISION)
     assert_partition(
         build("CLIPModel", text_config=SMALL, vision_config=vision, projection_dim=24),
@@ -209,7 +209,7 @@ def test_whisper():
 
 
 def test_wav2vec2():
-    """A weight-normalised, grouped convolution among the positions."""
+    """The positional embedding has a weight-normalized, grouped convolution."""
     assert_partition(
         build(
             "Wav2Vec2ForCTC",
@@ -285,7 +285,7 @@ def test_mamba2():
 
 
 def test_rwkv():
-    """Vectors of shape (1, 1, d) are no matrices."""
+    """Vectors of shape (1, 1, d) are not matrices."""
     partition = assert_partition(
         build("RwkvForCausalLM", vocab_size=100, hidden_size=32, num_hidden_layers=2),
         """
@@ -304,7 +304,7 @@ def test_rwkv():
 
 
 def test_xlnet_keeps_its_raw_attention_weights_with_other():
-    """(d, heads, head_dim) tensors of a class that says nothing about them; a rule can flatten them."""
+    """They are (d, heads, head_dim) tensors of a class that does not explain them; a rule can flatten them."""
     assert_partition(
         build("XLNetForSequenceClassification", vocab_size=100, d_model=32, n_layer=1, n_head=4, d_inner=48),
         """
@@ -390,7 +390,7 @@ def test_dora_magnitudes_are_vectors():
 
 
 def test_large_models_are_partitioned_quickly_on_the_meta_device():
-    """The tables of a model of 7 billion numbers, which no test machine could hold."""
+    """The tables of a model of 7 billion parameters, too large for a test machine."""
     partition = partition_parameters(build("LlamaForCausalLM"))
     assert sum(entry.parameter.numel() for entry in partition) > 6e9
     assert all(entry.parameter.device == torch.device("meta") for entry in partition)

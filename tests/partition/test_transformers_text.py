@@ -1,4 +1,4 @@
-"""The partition of text models of transformers: every parameter, by hand."""
+"""Text models of transformers: expected partitions written by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ model.layers.*.self_attn.o_proj.weight x2 hidden 32 x 32
 
 
 def build(name: str, **settings: Any) -> torch.nn.Module:
-    """A model from the config class that belongs to it, without memory for its weights."""
+    """A model from its config class, on the meta device."""
     config = getattr(transformers, name).config_class(**settings)
     with torch.device("meta"):
         return getattr(transformers, name)(config)
@@ -123,7 +123,7 @@ def test_phi3():
     ],
 )
 def test_stacked_experts(name, settings, experts):
-    """Experts (E, fan-out, fan-in), gate above up; the gate that routes is not the gate of the unit."""
+    """Experts (E, fan-out, fan-in), gate above up; the router's gate is not the gate of the unit."""
     gate_up, down = experts.split(" and ")
     model = build(name, **settings)
     norms = sum("norm" in parameter for parameter, _ in model.named_parameters())
@@ -163,7 +163,7 @@ def test_qwen2_moe():
 
 
 def test_gpt_oss():
-    """Experts stored (E, fan-in, fan-out), gate and up row by row in turn, with 2-D stacks of biases."""
+    """Experts stored (E, fan-in, fan-out), gate and up interleaved row by row, with 2-D stacks of biases."""
     assert_partition(
         build("GptOssForCausalLM", **GROUPED, num_local_experts=4, head_dim=8),
         GROUPED_ATTENTION
@@ -247,7 +247,7 @@ def test_bert_for_masked_language_modelling():
 
 
 def test_bert_for_pretraining():
-    """Two heads: one tied, one known by its number of labels only."""
+    """Two heads: one tied, one recognized only by its number of labels."""
     partition = assert_partition(
         build("BertForPreTraining", **SMALL),
         BERT.format("bert.", 6)
@@ -292,7 +292,7 @@ def test_distilbert_for_sequence_classification():
 
 
 def test_deberta():
-    """The first version fuses q, k and v head by head; positions are an embedding."""
+    """The first version fuses q, k and v per head; positions are an embedding."""
     assert_partition(
         build("DebertaForMaskedLM", **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"]),
         """

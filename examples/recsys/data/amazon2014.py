@@ -26,7 +26,7 @@ SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 
 
 class Counts(NamedTuple):
-    """Size of an interaction set."""
+    """Size of a data set."""
 
     users: int
     items: int
@@ -38,27 +38,27 @@ PUBLISHED: dict[str, Counts] = {
     "Toys_and_Games": Counts(19_412, 11_924, 167_597),
     "Sports_and_Outdoors": Counts(35_598, 18_357, 296_337),
 }
-"""What the literature states of each 5-core (arXiv 2305.05065, Table 6), and what a file must have to be used."""
+"""Size of each 5-core in the literature (arXiv 2305.05065, Table 6); files of another size are refused."""
 
 
 class AmazonReviews2014(SequenceDataModule):
     """One category of the Amazon 2014 reviews.
 
-    Reads ``{category}.txt`` in ``data_dir``, one user a line: ``user item item ...``, oldest first, ids from 1. Without
-    ``data_dir`` it downloads the reviews and writes that file to ``cache_dir`` once.
+    Reads ``{category}.txt`` in ``data_dir``, one user per line: ``user item item ...``, oldest first, ids from 1.
+    Without ``data_dir`` it downloads the reviews and writes that file to ``cache_dir`` once.
 
-    A prepared file tells no titles, so items go by their ids. What was downloaded has the ASIN of each item beside it,
-    and titles come from the metadata of the category, which are downloaded once when they are asked for.
+    A file in ``data_dir`` has no titles, so items are named by their ids. After a download a second file holds the
+    ASIN of each item. Titles come from the metadata of the category, which are downloaded at the first use.
 
-    Reviews bear a day and no hour. Reviews of the same day are in the order of the source file here, and which item is
-    tested depends on it: figures from a download and from another ``{category}.txt`` differ by that alone.
+    The time of a review is a day without an hour. Reviews of the same day keep the order of the source file, and the
+    tested item depends on this order. So results with a download and with another ``{category}.txt`` may differ.
 
     Args:
         category: ``Beauty``, ``Toys_and_Games`` or ``Sports_and_Outdoors``.
         data_dir: folder that holds ``{category}.txt``; None downloads.
-        cache_dir: where downloads go; None for ``lightning_muon/amazon2014`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        cache_dir: folder for downloads; None for ``lightning_muon/amazon2014`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         base_url: folder on the web that holds ``reviews_{category}_5.json.gz`` and ``meta_{category}.json.gz``.
-        **kwargs: of :class:`SequenceDataModule`.
+        **kwargs: arguments of :class:`SequenceDataModule`.
 
     Raises:
         ValueError: if the category is unknown.
@@ -86,15 +86,15 @@ class AmazonReviews2014(SequenceDataModule):
 
     @property
     def path(self) -> Path:
-        """The file that is read."""
+        """Path of the file of interactions."""
         folder = self.cache_dir if self.data_dir is None else Path(self.data_dir).expanduser()
         return folder / f"{self.category}.txt"
 
     def prepare_data(self) -> None:
-        """Make sure that the file is there; in the main process of a node.
+        """Download the file if needed, in one process per node.
 
         Raises:
-            FileNotFoundError: if ``data_dir`` lacks it.
+            FileNotFoundError: if ``data_dir`` does not have it.
             ConnectionError: if it cannot be downloaded.
             ValueError: if the download is damaged, or does not have the published number of users and items.
         """
@@ -109,12 +109,12 @@ class AmazonReviews2014(SequenceDataModule):
         reviews = download_gzip(f"{self.base_url}/{name}", self.cache_dir / name)
         sequences, _, asins = read_reviews(reviews)
         _check_published(self.category, sequences, reviews)
-        # First, so that where there are sequences there are ASINs.
+        # The ASINs first: if there are sequences, there are ASINs.
         write_lines(self._asin_path, map(str, asins))
         sequences.write(self.path)
 
     def item_fingerprint(self) -> str:
-        """A hash of all interactions: a download and another file of the same set number its items differently."""
+        """A hash of all interactions, since another file of the same set may number the items differently."""
         return hashlib.sha256(self._split().sequences.items.numpy().tobytes()).hexdigest()
 
     def load_sequences(self) -> UserSequences:
@@ -123,18 +123,18 @@ class AmazonReviews2014(SequenceDataModule):
         return sequences
 
     def item_names(self) -> list[str]:
-        """The ASINs of items 1, 2, ...; with ``data_dir`` their numbers in the file.
+        """ASINs of items 1, 2, ...; with ``data_dir`` their numbers in the file.
 
         Raises:
-            FileNotFoundError: if the download was converted by a version that kept no ASINs.
+            FileNotFoundError: if an old version, which stored no ASINs, converted the download.
             ValueError: if the file of ASINs is damaged.
         """
         if self.data_dir is not None:
             return super().item_names()
         if not self._asin_path.exists():
             raise FileNotFoundError(
-                f"{self.cache_dir} has no {self._asin_path.name}, which tells the items apart: delete {self.path} to "
-                "convert the reviews again."
+                f"{self.cache_dir} has no {self._asin_path.name}, which holds the ids of the items: delete {self.path} "
+                "to convert the reviews again."
             )
         asins = self._asin_path.read_text(encoding="utf-8").split("\n")[:-1]
         if len(asins) != self.num_items:
@@ -145,12 +145,12 @@ class AmazonReviews2014(SequenceDataModule):
         return asins
 
     def item_titles(self) -> list[str]:
-        """Titles of items 1, 2, ...: the ASIN where the metadata have none; with ``data_dir`` the ids.
+        """Titles of items 1, 2, ...; the ASIN if the metadata have no title; with ``data_dir`` the ids.
 
-        Call it in one process first: the metadata are downloaded where they are not there.
+        Call it in one process first, since it may download the metadata.
 
         Raises:
-            FileNotFoundError: if the download was converted by a version that kept no ASINs.
+            FileNotFoundError: if an old version, which stored no ASINs, converted the download.
             ConnectionError: if the metadata cannot be downloaded.
             ValueError: if a file is damaged.
         """
@@ -163,18 +163,18 @@ class AmazonReviews2014(SequenceDataModule):
 
     @property
     def _asin_path(self) -> Path:
-        """A line an item: the ASINs of items 1, 2, ..."""
+        """Path of the ASINs of items 1, 2, ..., one per line."""
         return self.path.with_name(f"{self.category}.asins.txt")
 
 
 def read_reviews(path: str | os.PathLike[str]) -> Numbered:
-    """Sequences from a gzip file of reviews, one dict a line, as JSON or as a Python literal; the ids they stand for.
+    """Read a gzip file of reviews, one dict per line as JSON or Python literal, into numbered sequences.
 
     Users and items are numbered from 1 in order of appearance: users in the file, items in the sequences. Reviews of
     the same day keep the order of the file.
 
     Raises:
-        ValueError: naming the line, if it lacks ``reviewerID``, ``asin`` or ``unixReviewTime``.
+        ValueError: with the number of the line, if it lacks ``reviewerID``, ``asin`` or ``unixReviewTime``.
     """
     return number(
         Event(review["reviewerID"], review["asin"], int(review["unixReviewTime"])) for review in iterate_reviews(path)
@@ -182,10 +182,10 @@ def read_reviews(path: str | os.PathLike[str]) -> Numbered:
 
 
 def iterate_reviews(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The dicts of a gzip file of reviews, read line by line.
+    """Yield the dicts of a gzip file of reviews, line by line.
 
     Raises:
-        ValueError: as :func:`read_reviews`.
+        ValueError: as in :func:`read_reviews`.
     """
     for line_number, line in enumerate(read_lines(path), start=1):
         review = _parse(line)
@@ -197,14 +197,14 @@ def iterate_reviews(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_titles(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[str, str]:
-    """Titles by ASIN from a gzip file of metadata, one dict a line, as JSON or as a Python literal.
+    """Read titles by ASIN from a gzip file of metadata, one dict per line as JSON or Python literal.
 
     Args:
-        path: the file, which has far more items than a 5-core; only lines of wanted ones are parsed.
-        wanted: ASINs; those without a title are left out.
+        path: the file. It has far more items than a 5-core, so only lines of wanted items are parsed.
+        wanted: ASINs; those without a title are left out of the result.
 
     Raises:
-        ValueError: naming the line, if it has no ``asin`` or is no dict.
+        ValueError: with the number of the line, if it is not a dict with ``asin``.
     """
     titles = {}
     for line_number, line in enumerate(read_lines(path), start=1):
@@ -223,7 +223,7 @@ _ASIN = re.compile(r"""['"]asin['"]: *['"](\w+)['"]""")
 
 
 def _parse(line: str) -> Any:
-    """The value that a line has as JSON or as a Python literal; None if it has none."""
+    """Parse a line as JSON or as a Python literal; None if it is neither."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
@@ -240,5 +240,5 @@ def _check_published(category: str, sequences: UserSequences, source: Path) -> N
         raise ValueError(
             f"{source} has {found.users} users, {found.items} items and {found.interactions} interactions, but the "
             f"published {category} 5-core has {expected.users}, {expected.items} and {expected.interactions}: the file "
-            "is cut short or another set. Delete it to download it again, or give the right data_dir."
+            "is truncated or of another set. Delete it to download it again, or give the right data_dir."
         )

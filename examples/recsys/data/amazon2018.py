@@ -39,11 +39,11 @@ UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"
 FULL, PARTIAL, SEQUENCES = "interactions.csv.gz", "interactions.partial.csv.gz", "sequences.txt.gz"
 
 DESCRIBED = ("brand", "categories", "description")
-"""What the catalogue says of an item beside its title."""
+"""Keys of the catalogue that describe an item beside its title."""
 
 
 class Counts(NamedTuple):
-    """Size of an interaction set, and how many of its targets are in each split."""
+    """Size of a data set, and the number of targets in each split."""
 
     users: int
     items: int
@@ -57,38 +57,38 @@ PUBLISHED: dict[str, Counts] = {
     "Office_Products": Counts(8_328, 3_459, 38_924, 4_866, 4_866),
     "Musical_Instruments": Counts(24_772, 9_922, 131_837, 24_772, 24_772),
 }
-"""What was released of each set, and what files must have to be used; in a partial file users and training targets may
-be missing. The training targets of Industrial follow from the others by the cut, up to one."""
+"""Size of each released set; files of another size are refused. In a partial file users and training targets may be
+missing. The number of training targets of Industrial follows from the other numbers by the split, up to one."""
 
 WINDOWS: dict[str, range] = {
     "Industrial_and_Scientific": months((1996, 10), (2018, 11)),
     "Office_Products": months((2016, 10), (2018, 11)),
 }
-"""The Unix seconds of the reviews that count. Released files of Industrial are also named after the window of Office,
-which does not give them."""
+"""The Unix seconds of the reviews that are kept. Some released files of Industrial have the window of Office in their
+name, but that window does not reproduce them."""
 
 
 class AmazonReviews2018(SequenceDataModule):
     """One category of the Amazon 2018 reviews.
 
     ``Industrial_and_Scientific`` and ``Office_Products`` are split by time (:class:`TimeSplit`). They are read from
-    ``data_dir/{category}``, where the interactions are complete (``interactions.csv.gz``) or lack training users
-    (``interactions.partial.csv.gz``: a warning says how much is there, and figures do not compare with published ones).
-    Without ``data_dir`` reviews and metadata are downloaded (95 MB and 626 MB) and the complete set is written to
-    ``cache_dir/{category}`` once, users and items numbered by the rule of the released files.
+    ``data_dir/{category}``. There ``interactions.csv.gz`` is complete, and ``interactions.partial.csv.gz`` lacks
+    training users: a warning says how much is there, and results do not compare with published ones. Without
+    ``data_dir`` reviews and metadata are downloaded (95 MB and 626 MB), and the complete set is written to
+    ``cache_dir/{category}`` once, with users and items numbered as in the released files.
 
-    ``Musical_Instruments`` is split by user (:class:`LeaveOneOut`), has no times and no titles, and is read from
-    ``data_dir/Musical_Instruments/sequences.txt.gz`` only.
+    ``Musical_Instruments`` is split by user (:class:`LeaveOneOut`), has no times and no titles, and can only be read
+    from ``data_dir/Musical_Instruments/sequences.txt.gz``.
 
     Args:
         category: one of the three.
-        data_dir: folder that holds a folder a category; None downloads.
-        cache_dir: where downloads go; None for ``lightning_muon/amazon2018`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        data_dir: folder with one folder per category; None downloads.
+        cache_dir: folder for downloads; None for ``lightning_muon/amazon2018`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         base_url: folder on the web that holds ``categoryFilesSmall`` and ``metaFiles2``.
-        max_length: how many of the latest items of a history the model sees; 10 as published.
-        mask_history: whether validation leaves the items of the history out; False as published, as items repeat.
-        samples: of :class:`SequenceDataModule`; every target a sample of its own, as published.
-        **kwargs: of :class:`SequenceDataModule`.
+        max_length: number of latest items of a history that the model sees; 10 as published.
+        mask_history: whether validation leaves out the items of the history; False as published, since items repeat.
+        samples: as in :class:`SequenceDataModule`; ``"prefix"`` as published.
+        **kwargs: arguments of :class:`SequenceDataModule`.
 
     Raises:
         ValueError: if the category is unknown, or is ``Musical_Instruments`` without ``data_dir``.
@@ -109,7 +109,7 @@ class AmazonReviews2018(SequenceDataModule):
         if category not in PUBLISHED:
             raise ValueError(f"Unknown category {category!r}: choose one of {', '.join(PUBLISHED)}.")
         if data_dir is None and category not in WINDOWS:
-            raise ValueError(f"{category} is not made from the raw reviews: give the data_dir that holds it.")
+            raise ValueError(f"{category} cannot be made from the raw reviews: give the data_dir that holds it.")
         self.category = category
         self.data_dir = data_dir
         self.cache_dir = cache_folder("amazon2018", cache_dir)
@@ -123,16 +123,16 @@ class AmazonReviews2018(SequenceDataModule):
 
     @property
     def path(self) -> Path:
-        """The file that is read; where there is none, the one that a download would make."""
+        """Path of the file of interactions; if there is none yet, the one that a download would write."""
         folder = (self.cache_dir if self.data_dir is None else Path(self.data_dir).expanduser()) / self.category
         names = (FULL, PARTIAL) if self.category in WINDOWS else (SEQUENCES,)
         return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
     def prepare_data(self) -> None:
-        """Make sure that the file is there; in the main process of a node.
+        """Download and convert the file if needed, in one process per node.
 
         Raises:
-            FileNotFoundError: if ``data_dir`` lacks it.
+            FileNotFoundError: if ``data_dir`` does not have it.
             ConnectionError: if it cannot be downloaded.
             ValueError: if the download is damaged, or does not give the published numbers.
         """
@@ -170,31 +170,31 @@ class AmazonReviews2018(SequenceDataModule):
         return protocol
 
     def item_fingerprint(self) -> str | None:
-        """A hash of all titles, as a download could number the items otherwise; None for ``Musical_Instruments``."""
+        """A hash of all titles, since a download may number items differently; None for ``Musical_Instruments``."""
         if self.category not in WINDOWS:
             return None
         return hashlib.sha256("\n".join(self.item_titles()).encode()).hexdigest()
 
     def item_names(self) -> list[str]:
-        """The numbers of items 1, 2, ... in the files, which count from 0; for ``Musical_Instruments`` from 1."""
+        """Numbers of items 1, 2, ... in the files, which count from 0; for ``Musical_Instruments`` from 1."""
         if self.category not in WINDOWS:
             return super().item_names()
         return [str(item) for item in range(self.num_items)]
 
     def user_names(self) -> list[str]:
-        """What users 0, 1, ... are called in the file; for ``Musical_Instruments`` their numbers from 1."""
+        """Names of users 0, 1, ... in the file; for ``Musical_Instruments`` their numbers from 1."""
         return self.users or super().user_names()
 
     def item_titles(self) -> list[str]:
-        """Titles of items 1, 2, ...; for ``Musical_Instruments``, which has none, their ids."""
+        """Titles of items 1, 2, ...; for ``Musical_Instruments`` their ids, since it has no titles."""
         if self.category not in WINDOWS:
             return super().item_titles()
         return [html.unescape(entry["title"]) for entry in self._catalogue]
 
     def item_descriptions(self) -> list[str]:
-        """Brand, categories and description of items 1, 2, ..., as :func:`describe` has them.
+        """Brand, categories and description of items 1, 2, ..., joined by :func:`describe`.
 
-        For ``Musical_Instruments``, of which nothing is known, "".
+        For ``Musical_Instruments`` all are "", since it has no metadata.
         """
         if self.category not in WINDOWS:
             return super().item_descriptions()
@@ -214,14 +214,14 @@ class AmazonReviews2018(SequenceDataModule):
         if not same:
             raise ValueError(
                 f"{source} gives {_sentence(found)}, but the published {self.category} has {_sentence(expected)}: the "
-                "file is cut short, altered or of another category. Delete it to make it again, or give the right "
+                "file is truncated, altered or of another category. Delete it to make it again, or give the right "
                 "data_dir."
             )
         if source.name == PARTIAL:
             rank_zero_warn(
                 f"{source} is partial: training has {found.train} of {expected.train} targets "
                 f"({found.train / expected.train:.1%}) and {found.users} of {expected.users} users; validation and "
-                "test are complete. Do not compare with published figures; leave data_dir out to make the complete set."
+                "test are complete. Do not compare with published results; leave data_dir out to make the complete set."
             )
 
 

@@ -1,4 +1,4 @@
-"""From the raw Amazon 2018 reviews and metadata to the sets of MiniOneRec (arXiv 2510.24431)."""
+"""Preprocessing of the raw Amazon 2018 reviews and metadata to the data sets of MiniOneRec (arXiv 2510.24431)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_TITLE_WORDS = 20
 
 
 def months(first: tuple[int, int], last: tuple[int, int]) -> range:
-    """Unix seconds from one (year, month) to another: from the first day of each, in UTC, both included."""
+    """Unix seconds from the first day of one (year, month) to that of another, in UTC, both included."""
     start, end = (int(datetime(year, month, 1, tzinfo=UTC).timestamp()) for year, month in (first, last))
     return range(start, end + 1)
 
@@ -26,21 +26,21 @@ def months(first: tuple[int, int], last: tuple[int, int]) -> range:
 def preprocess(
     reviews: str | os.PathLike[str], metadata: str | os.PathLike[str], window: range
 ) -> tuple[UserSequences, list[dict[str, str]]]:
-    """Sequences with times, and a dict of ``asin``, ``title``, ``brand``, ``categories``, ``description`` an item.
+    """Make sequences with times, and a dict per item: ``asin``, ``title``, ``brand``, ``categories``, ``description``.
 
-    Reviews outside of the window and of items without a usable title are dropped, then users and items with fewer than
-    5 reviews, again and again until none is left. A user may review an item repeatedly. Users are numbered in order of
-    the file, items in order of the sequences, and reviews of the same day keep the order of the file.
+    Reviews outside the window and of items without a usable title are dropped. Then users and items with fewer than 5
+    reviews are dropped, repeatedly until none is left. A user may review an item repeatedly. Users are numbered in
+    order of the file, items in order of the sequences; reviews of the same day keep the order of the file.
 
-    The metadata are read line by line; what is kept of them are the items that have reviews.
+    The metadata are read line by line, and only items with reviews are kept.
 
     Args:
         reviews: gzip file of JSON lines with ``reviewerID``, ``asin`` and ``unixReviewTime``.
-        metadata: gzip file of JSON lines with ``asin``, and where it is known ``title`` and more.
-        window: the Unix seconds in which reviews count.
+        metadata: gzip file of JSON lines with ``asin``, and ``title`` and more if known.
+        window: Unix seconds of the reviews to keep.
 
     Raises:
-        ValueError: naming the line that is not as described; or if no review is left.
+        ValueError: with the number of the line, if it is not as described; if no review is left.
     """
     events = [
         Event(review["reviewerID"], review["asin"], time)
@@ -51,17 +51,18 @@ def preprocess(
     events = k_core([event for event in events if event.item in catalogue], CORE)
     if not events:
         raise ValueError(
-            f"{reviews} and {metadata} leave no {CORE}-core of titled items: are they of the same category, and whole?"
+            f"{reviews} and {metadata} leave no {CORE}-core of titled items: check that they are complete and of the "
+            "same category."
         )
     sequences, _, items = number(events)
     return sequences, [catalogue[asin] for asin in items]
 
 
 def read_metadata(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[str, dict[str, str]]:
-    """What is kept of the items among ``wanted`` that have a usable title, by ASIN; of two such entries the later.
+    """Read the catalogue entries, by ASIN, of the ``wanted`` items with a usable title; of two entries the later one.
 
     Raises:
-        ValueError: naming the line, if it is not a JSON dict with ``asin``.
+        ValueError: with the number of the line, if it is not a JSON dict with ``asin``.
     """
     catalogue = {}
     for entry in _entries(path):
@@ -89,7 +90,7 @@ def _entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _title(entry: dict[str, Any]) -> str | None:
-    """The title, less quotes around it; None where it is missing, a piece of a web page, or too long."""
+    """The title without surrounding quotes; None if it is missing, a piece of a web page, or too long."""
     raw = entry.get("title") or ""
     if "<span id" in raw:
         return None

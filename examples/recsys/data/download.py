@@ -1,4 +1,4 @@
-"""Fetch a file over HTTP: with progress, resumed where it broke off, checked before it gets its name."""
+"""Download files over HTTP, with a progress bar, resuming, and a check before a file gets its name."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _TIMEOUT_S = 60
 
 
 def download_gzip(url: str, path: Path, attempts: int = 5) -> Path:
-    """Download a gzip file to ``path``, unless it is there and whole, and check it to its last byte.
+    """Download a gzip file to ``path``, unless it exists and is complete, and check its checksums.
 
-    What has arrived is kept in ``<path>.part``: a broken connection, or a later call, goes on from there by an HTTP
-    range request. ``path`` itself is only ever a whole file.
+    Received bytes are kept in ``<path>.part``. After a broken connection, or in a later call, the download resumes from
+    there by an HTTP range request. A file at ``path`` is always complete.
 
     Args:
         url: an http or https address.
-        path: where the file goes; its folder is made.
-        attempts: how often to connect before giving up.
+        path: path of the file; its folder is created.
+        attempts: number of connections before giving up.
 
     Raises:
-        ConnectionError: if the file could not be had; calling again resumes.
-        ValueError: if what the server sends is not a whole gzip file.
+        ConnectionError: if the download fails; calling again resumes it.
+        ValueError: if the server sends something else than a complete gzip file.
     """
     return _download(url, path, _gzip_fault, "a whole gzip file", attempts)
 
 
 def download_md5(url: str, path: Path, md5: str, attempts: int = 5) -> Path:
-    """As :func:`download_gzip`, for a file of any kind whose checksum was published.
+    """Like :func:`download_gzip`, for any file whose MD5 checksum, 32 hexadecimal digits, was published.
 
     Raises:
-        ConnectionError: if the file could not be had; calling again resumes.
-        ValueError: if what the server sends has another checksum than ``md5``, 32 hexadecimal digits.
+        ConnectionError: if the download fails; calling again resumes it.
+        ValueError: if the received file has another checksum than ``md5``.
     """
     return _download(url, path, partial(_md5_fault, md5=md5), "the published file", attempts)
 
 
 def cache_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """``cache_dir``; where that is None ``lightning_muon/<name>`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return ``cache_dir``; if None, ``lightning_muon/<name>`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if cache_dir:
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_muon" / name
@@ -64,7 +64,7 @@ def _download(url: str, path: Path, fault_of: Callable[[Path], str | None], kind
     _fetch_all(url, part, attempts)
     fault = fault_of(part)
     if fault and resumed:
-        # The part may be the start of another version of the file: only a fresh download tells.
+        # The part may be the start of another version of the file, so download it from the beginning.
         part.unlink()
         _fetch_all(url, part, attempts)
         fault = fault_of(part)
@@ -72,14 +72,14 @@ def _download(url: str, path: Path, fault_of: Callable[[Path], str | None], kind
         size = part.stat().st_size
         part.unlink()
         raise ValueError(
-            f"{url} sent {size} bytes that are not {kind} ({fault}): check the address in a browser; a "
-            "proxy or a login page may answer in place of the server."
+            f"{url} sent {size} bytes that are not {kind} ({fault}): open the address in a browser; a proxy or a login "
+            "page may answer instead of the server."
         )
     return part.replace(path)
 
 
 def _fetch_all(url: str, part: Path, attempts: int) -> None:
-    """Connect until ``part`` has all bytes that the server announces."""
+    """Connect until ``part`` has all bytes that the server announced."""
     failure = "no attempt was made"
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=rich.get_console()) as progress:
@@ -96,7 +96,7 @@ def _fetch_all(url: str, part: Path, attempts: int) -> None:
                             progress.advance(task, len(chunk))
             except urllib.error.HTTPError as error:
                 if error.code == 416 and part.exists():
-                    # Nothing lies beyond what is here: it is whole, or longer than the file and then not a part of it.
+                    # There is nothing after these bytes: they are the whole file, or more than the file has.
                     if error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
                         return
                     part.unlink()
@@ -116,7 +116,7 @@ def _fetch_all(url: str, part: Path, attempts: int) -> None:
 
 
 def _open(url: str, part: Path) -> HTTPResponse:
-    # Without identity a proxy may compress, and the ranges would be those of the compressed bytes.
+    # Without "identity" a proxy may compress, and ranges would count compressed bytes.
     headers = {"Accept-Encoding": "identity"}
     if part.exists() and part.stat().st_size:
         headers["Range"] = f"bytes={part.stat().st_size}-"
@@ -139,7 +139,7 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
 
 
 def _gzip_fault(path: Path) -> str | None:
-    """What is wrong with a gzip file, by reading all of it against its checksums; None if nothing is."""
+    """Read a whole gzip file with its checksums, and return what is wrong; None if nothing is."""
     try:
         with gzip.open(path) as file:
             while file.read(_CHUNK):

@@ -1,4 +1,4 @@
-"""From a log of interactions to numbered sequences: what sources with ids of their own share."""
+"""Conversion of a log of interactions to numbered sequences, for sources with ids of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from examples.recsys.data.times import Time
 
 
 class Event(NamedTuple):
-    """One interaction; ``time`` in Unix seconds, with a fraction where the source has one."""
+    """One interaction; ``time`` is in Unix seconds, with a fraction if the source has one."""
 
     user: Hashable
     item: Hashable
@@ -20,7 +20,7 @@ class Event(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """Sequences, and the ids that their numbers stand for: item ``i`` is ``items[i - 1]``, users alike."""
+    """Sequences, and the original ids: item ``i`` is ``items[i - 1]`` in the source, and so for users."""
 
     sequences: UserSequences
     users: list[Hashable]
@@ -28,7 +28,7 @@ class Numbered(NamedTuple):
 
 
 def k_core(events: list[Event], k: int) -> list[Event]:
-    """The largest part in which every user and every item has ``k`` events or more; repeats count. Order is kept."""
+    """Keep the largest part in which each user and each item has ``k`` or more events, repeats included, in order."""
     while True:
         users = Counter(event.user for event in events)
         items = Counter(event.item for event in events)
@@ -42,11 +42,11 @@ def number(events: Iterable[Event]) -> Numbered:
     """Group events by user, oldest first, and number users and items from 1 in order of appearance.
 
     Users appear in the order of the events, items in the order of the sequences. Events of a user at exactly the same
-    time keep the order that they come in. The sequences have whole seconds as times, rounded down, and ranks where that
-    loses a fraction.
+    time keep their order. The times of the sequences are whole seconds, rounded down; if that loses a fraction, the
+    sequences also have ranks.
 
     Raises:
-        ValueError: if there is no event.
+        ValueError: if there are no events.
     """
     histories: dict[Hashable, list[Event]] = defaultdict(list)
     for event in events:

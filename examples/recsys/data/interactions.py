@@ -1,4 +1,4 @@
-"""A user's own interactions, from a text or Parquet file."""
+"""Your own interactions, from a text or Parquet file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ PROTOCOLS: dict[str, type[LeaveOneOut] | type[TimeSplit]] = {"leave_one_out": Le
 
 @dataclass
 class TitleFile(TextFormat):
-    """A file that tells the titles of items, one a row; a Parquet file, or text.
+    """A Parquet or text file with the titles of items, one per row.
 
     Args:
-        path: of the file.
-        item_column: name of the column that calls the items what the interactions call them.
+        path: path of the file.
+        item_column: name of the column of items, which have the same names as in the interactions.
         title_column: name of the column of titles.
         delimiter: as in :class:`TextFormat`.
-        columns: as there.
-        encoding: as there.
-        quoted: as there.
+        columns: as in :class:`TextFormat`.
+        encoding: as in :class:`TextFormat`.
+        quoted: as in :class:`TextFormat`.
     """
 
     path: str
@@ -45,40 +45,40 @@ class TitleFile(TextFormat):
 class Interactions(SequenceDataModule):
     r"""Rows of user, item and time from a file, in any order.
 
-    Users and items may be called anything. They are numbered from 1 in order of appearance, users in the file and items
-    in the sequences; ``user_ids[n - 1]`` and ``item_ids[n - 1]`` tell what number ``n`` stands for. The same file gives
-    the same numbers, and another one gives others: one more row may renumber all items after it.
+    Users and items may have any names. They are numbered from 1 in order of appearance, users in the file and items in
+    the sequences. Number ``n`` stands for ``user_ids[n - 1]`` or ``item_ids[n - 1]``. The same file gives the same
+    numbers. A changed file may give others: one more row may renumber all items after it.
 
-    The rows of a user are sorted by time, with every digit that the file has. Rows at exactly the same time keep the
-    order of the file, and rows that repeat are kept. :meth:`report`, and a warning when the file is read, say how
-    often that was so, and whatever else was decided.
+    The rows of a user are sorted by time, with all digits of the file. Rows at exactly the same time keep the order of
+    the file, and repeated rows are kept. :meth:`report`, and a warning when the file is read, count these cases and
+    list the other decisions.
 
     Args:
         path: a ``.parquet`` file (needs pyarrow), or else text with a header line; gzipped or not.
         user_column: name of the column of users. RecBole's ``user_id:token`` is ``user_id``, and so for the others.
         item_column: name of the column of items.
         time_column: name of the column of times: numbers, or dates as ``2024-05-31`` or ``2024-05-31T12:00:00+02:00``
-            (UTC where they do not say).
-        title_column: name of the column of titles, if there is one: of several for one item the first counts, and an
-            item without one goes by what it is called.
-        time_unit: unit of times that are numbers: seconds, milliseconds, microseconds or nanoseconds since 1970;
-            ``"date"`` if their digits are a date, as 20240531 or 20240531123000.
-        delimiter: what separates the columns of a text file, one character or several; tab may be written ``\t``.
-        split: ``"leave_one_out"``: the last items of each user are held out. ``"time"``: the latest interactions.
-        k_core: drop users and items with fewer interactions, again and again until none is left; 1 keeps all.
+            (UTC without a time zone).
+        title_column: name of the column of titles, if there is one. If an item has several titles, the first counts; if
+            it has none, its name serves as title.
+        time_unit: unit of numeric times: seconds, milliseconds, microseconds or nanoseconds since 1970; ``"date"`` if
+            their digits are a date, as 20240531 or 20240531123000.
+        delimiter: separator of the columns of a text file, one character or several; tab may be written ``\t``.
+        split: ``"leave_one_out"`` holds out the last items of each user, ``"time"`` the latest interactions of all.
+        k_core: drop users and items with fewer interactions, repeatedly until none is left; 1 keeps all.
         mask_history: whether validation leaves the items of the history out of the ranking; None does so for
             ``split="leave_one_out"`` only.
         columns: names of all columns in order, for a text file without a header.
-        encoding: what a text file was written in: ``utf-8``, ``latin-1``, ``utf-16``, ...
-        quoted: whether values of a text file may be in double quotes, as in CSV. None: yes, but a quote that holds what
-            looks like rows is refused; with tabs, and several characters that delimit, quotes are plain characters.
-        title_file: a file of its own for the titles, in place of ``title_column``; a string is the path of one with the
-            columns ``item`` and ``title``.
-        drop_duplicates: whether of rows with the same user, item and time only the first is kept.
-        **kwargs: of :class:`SequenceDataModule`.
+        encoding: encoding of a text file: ``utf-8``, ``latin-1``, ``utf-16``, ...
+        quoted: whether values of a text file may be in double quotes, as in CSV. None: no if the delimiter is a tab or
+            has several characters; otherwise yes, but a quoted value that seems to hold rows is refused.
+        title_file: a separate file with the titles, in place of ``title_column``; a string is the path of a file with
+            the columns ``item`` and ``title``.
+        drop_duplicates: whether to keep only the first of the rows with the same user, item and time.
+        **kwargs: arguments of :class:`SequenceDataModule`.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument is none of the above.
     """
 
     def __init__(
@@ -126,32 +126,32 @@ class Interactions(SequenceDataModule):
 
     @property
     def user_ids(self) -> list[Hashable]:
-        """What users 1, 2, ... are called in the file."""
+        """Names of users 1, 2, ... in the file."""
         return self._log.numbered.users
 
     @property
     def item_ids(self) -> list[Hashable]:
-        """What items 1, 2, ... are called in the file."""
+        """Names of items 1, 2, ... in the file."""
         return self._log.numbered.items
 
     def item_names(self) -> list[str]:
-        """What items 1, 2, ... are called in the file."""
+        """Names of items 1, 2, ... in the file, as text."""
         return [str(item) for item in self.item_ids]
 
     def item_titles(self) -> list[str]:
-        """The titles of items 1, 2, ..., or what they are called in the file."""
+        """Titles of items 1, 2, ...; the name of an item without a title."""
         return [self._log.titles.get(name, name) for name in self.item_names()]
 
     def user_names(self) -> list[str]:
-        """The names of users 0, 1, ... in the file."""
+        """Names of users 0, 1, ... in the file, as text."""
         return [str(user) for user in self.user_ids]
 
     def item_fingerprint(self) -> str:
-        """A hash of the names of the items in their order, which other rows may change."""
+        """A hash of the names of the items in their order."""
         return hashlib.sha256("\n".join(map(repr, self.item_ids)).encode()).hexdigest()
 
     def report(self) -> list[str]:
-        """What was decided in reading the file, a sentence each."""
+        """Decisions in reading the file, one sentence each."""
         return self._log.report
 
     def load_sequences(self) -> UserSequences:
@@ -162,10 +162,10 @@ class Interactions(SequenceDataModule):
 
     @cached_property
     def _log(self) -> _Log:
-        """The file, read once.
+        """Contents of the file, read once.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if the file does not exist.
             ImportError: if it is Parquet and pyarrow is not installed.
             ValueError: if it lacks a column, a row is not as described, times are in another unit, or a user has too
                 few interactions to split.
@@ -193,7 +193,7 @@ class Interactions(SequenceDataModule):
         return _Log(numbered, titles, report)
 
     def _events(self, table: Table, clock: Clock, titles: _Titles) -> Iterator[Event]:
-        """All rows in the order of the file."""
+        """Yield all rows in the order of the file."""
         for where, user, item, time, *title in table:
             for name, value in zip(self.columns.values(), (user, item, time), strict=True):
                 if value is None or value == "" or value != value:
@@ -245,7 +245,7 @@ class Interactions(SequenceDataModule):
 
 
 class _Log(NamedTuple):
-    """What a file holds, and what was decided in reading it."""
+    """Contents of a file, and the decisions in reading it."""
 
     numbered: Numbered
     titles: _Titles
@@ -253,24 +253,24 @@ class _Log(NamedTuple):
 
 
 class _Titles(dict[str, str]):
-    """Titles by what items are called; of several for one item the first."""
+    """Titles by the names of items; the first if an item has several."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ambiguous: set[str] = set()
 
     def add(self, item: Any, title: Any) -> None:
-        """Keep a title that says something."""
+        """Store a title unless it is missing or the item has one."""
         if title in (None, "") or title != title:
             return
         if self.setdefault(str(item), str(title)) != str(title):
             self._ambiguous.add(str(item))
 
     def read(self, file: TitleFile, items: set[str], log: Path, report: list[str]) -> None:
-        """Add what a file has for items.
+        """Add the titles of items from a file.
 
         Raises:
-            ValueError: if it has a title for none of them.
+            ValueError: if the file has none of the items.
         """
         path = Path(file.path).expanduser()
         format = TextFormat(**{field.name: getattr(file, field.name) for field in fields(TextFormat)})
@@ -283,17 +283,17 @@ class _Titles(dict[str, str]):
                 self.add(item, title)
         if items.isdisjoint(found):
             raise ValueError(
-                f"{path} has titles of none of the items of {log}: it calls them as {next(iter(found), None)!r} in its "
-                f"column {file.item_column}, {log.name} as {min(items)!r}."
+                f"{path} has titles of none of the items of {log}: its column {file.item_column} has names such as "
+                f"{next(iter(found), None)!r}, {log.name} names such as {min(items)!r}."
             )
         report += (f"{path.name}: {remark}" for remark in table.remarks())
         self.remark(items, path, report)
 
     def remark(self, items: set[str], path: Path, report: list[str]) -> None:
-        """What was decided about the titles of items."""
+        """Report the decisions about the titles of items."""
         if untitled := len(items - self.keys()):
             lack = counted(untitled, f"of {len(items)} items has", f"of {len(items)} items have")
-            report.append(f"{lack} no title in {path.name}: what has none goes by what it is called.")
+            report.append(f"{lack} no title in {path.name}: the name serves as title.")
         if ambiguous := len(self._ambiguous & items):
             report.append(
                 f"{counted(ambiguous, 'item has', 'items have')} several titles in {path.name}: the first counts."

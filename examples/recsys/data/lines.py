@@ -1,4 +1,4 @@
-"""Lines of text files in whatever they were written: plain or gzipped, with or without a mark of their encoding."""
+"""Reading of text files by lines: plain or gzipped, in any encoding, with or without a byte-order mark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 _MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # begins as that of UTF-16 does
+    codecs.BOM_UTF32_LE: "utf-32",  # must come before UTF-16, whose mark is its prefix
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -21,15 +21,15 @@ _MARKS = {
 
 
 def read_lines(path: str | os.PathLike[str], encoding: str | None = None) -> Iterator[str]:
-    r"""The lines of a text file with their ends, less a byte-order mark; gzipped content is unpacked.
+    r"""Yield the lines of a text file with their ends, without a byte-order mark; gzipped content is unpacked.
 
     Args:
         path: the file.
-        encoding: what it was written in. None is UTF-8, with errors that do not advise to set another one.
+        encoding: encoding of the file. None is UTF-8; then errors do not advise to set another one.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file and what to do, if it is no text, damaged, or written in another encoding.
+        ValueError: with the file and the fix, if it is not text, damaged, or in another encoding.
     """
     path = Path(path)
     if not path.exists():
@@ -41,7 +41,7 @@ def read_lines(path: str | os.PathLike[str], encoding: str | None = None) -> Ite
             start = stream.read(4)
             stream.seek(0)
             _check_start(path, start, encoding)
-            # newline="": the ends of lines stay as they are, for the csv module.
+            # newline="" keeps the ends of lines, as the csv module needs.
             with io.TextIOWrapper(stream, encoding or "utf-8", newline="") as lines:
                 for number, line in enumerate(lines):
                     if number == 0:
@@ -60,7 +60,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _check_start(path: Path, start: bytes, encoding: str | None) -> None:
-    """Refuse what the first four bytes tell not to be text of the encoding."""
+    """Raise ``ValueError`` if the first four bytes are not text in the encoding."""
     if start == b"PK\x03\x04":
         raise ValueError(f"{path} is a zip archive or a spreadsheet: unpack it, or save it as CSV.")
     name = codecs.lookup(encoding or "utf-8").name
@@ -69,13 +69,11 @@ def _check_start(path: Path, start: bytes, encoding: str | None) -> None:
         raise ValueError(f"{path} is marked as {marked.upper()}: {_remedy(encoding, marked)}.")
     if not marked and 0 in start and not name.startswith(("utf-16", "utf-32")):
         likely = f"utf-{16 if start.count(0) < 3 else 32}-{'le' if start[0] else 'be'}"
-        raise ValueError(
-            f"{path} has zero bytes, so that it is {likely.upper()} or no text: {_remedy(encoding, likely)}."
-        )
+        raise ValueError(f"{path} has zero bytes, so it is {likely.upper()} or not text: {_remedy(encoding, likely)}.")
 
 
 def _undecodable(path: Path, encoding: str | None) -> str:
-    """Which byte of which line; the decoder had seen a part of the file only."""
+    """Find the line and byte that cannot be decoded; the decoder knows only its place in a part of the file."""
     with _open(path) as stream:
         content = stream.read()
     try:

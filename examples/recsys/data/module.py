@@ -1,4 +1,4 @@
-"""The LightningDataModule that all sources share."""
+"""Base class of the data modules."""
 
 from abc import abstractmethod
 from typing import Any
@@ -15,24 +15,25 @@ from examples.recsys.data.sequences import UserSequences
 class SequenceDataModule(L.LightningDataModule):
     """Batches of user sequences under one protocol, by default leave-one-out.
 
-    Training batches hold ``history`` and ``targets``, both (B, T); those for validation and test ``history`` (B, T),
-    ``target`` (B,) and ``seen`` (B, S); those for prediction every user once, with ``history`` and ``seen`` up to now.
-    All are int64 item ids from 1, padded on the right with 0. ``user`` (B,) are the numbers of the users, int64 from 0.
-    Where the source knows them, ``times`` (B, T) are the Unix seconds of ``history``, int64, padded with 0.
+    Training batches hold ``history`` and ``targets``, both (B, T). Validation and test batches hold ``history`` (B, T),
+    ``target`` (B,) and ``seen`` (B, S), which is the whole history. Prediction batches hold each user once, with
+    ``history`` and ``seen`` up to the last item. All are int64 item ids from 1, padded on the right with 0. ``user``
+    (B,) are the numbers of the users, int64 from 0. If the source has times, ``times`` (B, T) are the Unix seconds of
+    ``history``, int64, padded with 0.
 
-    A subclass says how many items there are (``num_items``), loads the sequences, and may choose another protocol,
-    name items and users, and describe the items.
+    A subclass defines ``num_items`` and loads the sequences. It may choose another protocol, name items and users, and
+    describe the items.
 
     Args:
-        max_length: how many of the latest items of a history the model sees.
+        max_length: number of latest items of a history that the model sees.
         mask_history: whether validation leaves the items of the history out of the ranking. A test reports both.
-        samples: ``"sequence"``: a user is one training sample with a target at every position. ``"prefix"``: every
-            target is a sample of its own.
-        batch_size: training samples a batch and process.
-        eval_batch_size: samples a batch and process in validation, test and prediction.
-        num_workers: processes that load batches; the default loads them in the main process.
-        group_by_length: whether the training samples of a batch are of about the same length. It saves padding where
-            that costs time, as in TIGER, and makes batches less random.
+        samples: ``"sequence"``: each user is one training sample with a target at every position. ``"prefix"``: each
+            target is a separate sample.
+        batch_size: training samples per batch and process.
+        eval_batch_size: samples per batch and process in validation, test and prediction.
+        num_workers: number of processes that load batches; 0 loads them in the main process.
+        group_by_length: whether the training samples of a batch have about the same length. This saves padding, which
+            costs time in TIGER, and makes batches less random.
     """
 
     def __init__(
@@ -58,34 +59,34 @@ class SequenceDataModule(L.LightningDataModule):
     @property
     @abstractmethod
     def num_items(self) -> int:
-        """Size of the catalogue, known before anything is loaded."""
+        """Size of the catalogue, known before the sequences are loaded."""
 
     @abstractmethod
     def load_sequences(self) -> UserSequences:
-        """Read what ``prepare_data`` left."""
+        """Load the sequences, after ``prepare_data``."""
 
     def make_protocol(self, sequences: UserSequences) -> EvaluationProtocol:
         """Split the sequences into training, validation and test."""
         return LeaveOneOut(sequences, self.max_length, self.samples)
 
     def item_names(self) -> list[str]:
-        """What tells items 1, 2, ... apart outside: their numbers, unless the source has ids of its own."""
+        """Ids of items 1, 2, ... in the source; their numbers if the source has none."""
         return [str(item) for item in range(1, self.num_items + 1)]
 
     def item_titles(self) -> list[str]:
-        """What to call items 1, 2, ... in print: their names, unless the source knows better."""
+        """Titles of items 1, 2, ... for printing; their names if the source has none."""
         return self.item_names()
 
     def item_descriptions(self) -> list[str]:
-        """What else is known of items 1, 2, ... as plain text; "" where nothing is."""
+        """Descriptions of items 1, 2, ... as plain text, "" if there is none."""
         return [""] * self.num_items
 
     def item_fingerprint(self) -> str | None:
-        """What tells one numbering of the items from another; None where the source never numbers them differently."""
+        """Identifies the numbering of the items; None if the source always numbers them the same way."""
         return None
 
     def user_names(self) -> list[str]:
-        """What to call users 0, 1, ... in print: their numbers from 1, unless the source knows better."""
+        """Names of users 0, 1, ... for printing; their numbers from 1 if the source has none."""
         return [str(user) for user in range(1, len(self._split().sequences) + 1)]
 
     def setup(self, stage: str) -> None:
@@ -110,7 +111,7 @@ class SequenceDataModule(L.LightningDataModule):
         return self._evaluation_loader(self._split().prediction())
 
     def item_counts(self) -> Tensor:
-        """(num_items,) how often each item occurs in the training part."""
+        """Number of occurrences of each item in the training part, (num_items,)."""
         return self._split().item_counts()
 
     def _split(self) -> EvaluationProtocol:

@@ -1,7 +1,7 @@
-"""MovieLens-1M: ratings of movies, the set on which HSTU (arXiv 2402.17152) is compared.
+"""MovieLens-1M: ratings of movies, a data set in the HSTU paper (arXiv 2402.17152).
 
-The data are for research use, must not be passed on without permission, and are not for commercial use without it; the
-README in the archive has the terms. Cite Harper and Konstan 2015, "The MovieLens datasets: history and context".
+The data are for research use. Redistribution and commercial use need permission; the README in the archive has the
+terms. Cite Harper and Konstan 2015, "The MovieLens datasets: history and context".
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 MD5 = "c4d9eecfca2ab87c1945afe126590906"
 
 USERS, ITEMS, RATINGS = 6_040, 3_706, 1_000_209
-"""What the published set has; 3,706 of its 3,883 movies are rated."""
+"""Size of the published set; 3,706 of its 3,883 movies are rated."""
 
 _RATING = re.compile(r"(\d+)::(\d+)::\d+::(\d+)")
 _MOVIE = re.compile(r"(\d+)::(.*)::.*")
 
 
 class MovieLens1M(SequenceDataModule):
-    """The movies that each user rated, in order of time, whatever the rating; leave-one-out.
+    """The movies that each user rated, in order of time, with any rating; split by leave-one-out.
 
-    Many ratings of a user bear the same second. They are in the order of the file here, and which movie is tested
-    depends on it: figures from files sorted otherwise differ by that alone.
+    Many ratings of a user have the same second. They keep the order of the file, and the tested movie depends on this
+    order. So results with a file in another order may differ.
 
     Args:
-        data_dir: folder that holds ``ratings.dat`` and ``movies.dat``; None downloads ``ml-1m.zip`` and reads it as it
-            is.
-        cache_dir: where the download goes; None for ``lightning_muon/movielens`` in ``$XDG_CACHE_HOME`` or
+        data_dir: folder that holds ``ratings.dat`` and ``movies.dat``; None downloads ``ml-1m.zip`` and reads it
+            without unpacking.
+        cache_dir: folder for the download; None for ``lightning_muon/movielens`` in ``$XDG_CACHE_HOME`` or
             ``~/.cache``.
         base_url: folder on the web that holds ``ml-1m.zip``.
-        max_length: how many of the latest items of a history the model sees; 200 in published comparisons.
-        **kwargs: of :class:`SequenceDataModule`.
+        max_length: number of latest items of a history that the model sees; 200 in published comparisons.
+        **kwargs: arguments of :class:`SequenceDataModule`.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class MovieLens1M(SequenceDataModule):
 
     @property
     def folder(self) -> Path | zipfile.Path:
-        """Where the files are read: a folder, or the one in the archive."""
+        """Folder of the files: ``data_dir``, or the folder in the archive."""
         if self.data_dir is not None:
             return Path(self.data_dir).expanduser()
         return zipfile.Path(self.cache_dir / "ml-1m.zip", "ml-1m/")
 
     def prepare_data(self) -> None:
-        """Make sure that the files are there; in the main process of a node.
+        """Download the archive if needed, in one process per node.
 
         Raises:
-            FileNotFoundError: if ``data_dir`` lacks one.
+            FileNotFoundError: if a file is missing in ``data_dir``.
             ConnectionError: if the archive cannot be downloaded.
             ValueError: if the download has another checksum than the published archive.
         """
@@ -92,14 +92,14 @@ class MovieLens1M(SequenceDataModule):
         return self._ratings.sequences
 
     def item_names(self) -> list[str]:
-        """The numbers of the movies 1, 2, ... in the file."""
+        """Movie numbers in the file of items 1, 2, ..."""
         return [str(movie) for movie in self._ratings.items]
 
     def item_titles(self) -> list[str]:
         """Titles of items 1, 2, ..., each with its year.
 
         Raises:
-            ValueError: if ``movies.dat`` is not as published, or a rated movie is not in it.
+            ValueError: if ``movies.dat`` is not as published, or lacks a rated movie.
         """
         path = self.folder / "movies.dat"
         titles = dict(_records(path, _MOVIE))
@@ -110,7 +110,7 @@ class MovieLens1M(SequenceDataModule):
         return [titles[movie] for movie in movies]
 
     def user_names(self) -> list[str]:
-        """The numbers of users 0, 1, ... in the file."""
+        """Numbers in the file of users 0, 1, ..."""
         return [str(user) for user in self._ratings.users]
 
     @cached_property
@@ -122,7 +122,7 @@ class MovieLens1M(SequenceDataModule):
         if found != (USERS, ITEMS, RATINGS):
             raise ValueError(
                 f"{path} has {found[0]} users, {found[1]} rated movies and {found[2]} ratings, but MovieLens-1M has "
-                f"{USERS}, {ITEMS} and {RATINGS}: the file is cut short or of another set."
+                f"{USERS}, {ITEMS} and {RATINGS}: the file is truncated or of another set."
             )
         if ties := ratings.sequences.tie_remark():
             rank_zero_info(f"{path}: {ties}")
@@ -130,7 +130,7 @@ class MovieLens1M(SequenceDataModule):
 
 
 def _records(path: Path | zipfile.Path, form: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
-    """What each line says of the groups of ``form``."""
+    """Yield the groups of ``form`` in each line."""
     with path.open("r", encoding="latin-1") as lines:
         for line_number, line in enumerate(lines, start=1):
             match = form.fullmatch(line.rstrip("\r\n"))

@@ -1,4 +1,4 @@
-"""Folders of prepared data: interactions as CSV with item and user numbers from 0, and the catalogue as JSON lines."""
+"""Folders of prepared data: interactions as CSV, items and users numbered from 0, and a catalogue as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = {"train": TRAIN, "valid": VALIDATION, "test": TEST}
 
 
 class PreparedInteractions(NamedTuple):
-    """Sequences, what their users are called in the file, and labels for :class:`TimeSplit` where it has splits."""
+    """Sequences, the names of their users in the file, and labels for :class:`TimeSplit` if the file has splits."""
 
     sequences: UserSequences
     users: list[str]
@@ -29,15 +29,15 @@ class PreparedInteractions(NamedTuple):
 
 
 def read_interactions(path: Path, num_items: int) -> PreparedInteractions:
-    """Read ``user,item,timestamp`` and, where there is such a column, ``split``, from a gzipped CSV with a header.
+    """Read the columns ``user,item,timestamp``, and ``split`` if present, from a gzipped CSV file with a header.
 
-    The rows of a user stand together, oldest first. Numbers in the file count from 0; item 0 becomes item 1 here.
+    The rows of a user are consecutive, oldest first. Numbers in the file count from 0; item 0 becomes item 1 here.
 
     Returns:
-        The sequences, their users, and labels (interactions,); None for those if the file has no ``split``.
+        The sequences, their users, and labels (interactions,), or None if the file has no ``split``.
 
     Raises:
-        ValueError: if a column is missing, a row is not as described, or an item is outside of the catalogue.
+        ValueError: if a column is missing, a row is not as described, or an item is outside the catalogue.
     """
     sequences: list[list[int]] = []
     times: list[list[int]] = []
@@ -55,15 +55,15 @@ def read_interactions(path: Path, num_items: int) -> PreparedInteractions:
             label = LABELS[row["split"]] if "split" in columns else TRAIN
         except (TypeError, ValueError, KeyError):
             raise ValueError(
-                f"{where}: expected whole numbers for item and timestamp, and one of {', '.join(LABELS)} for a "
-                f"split, got {row}."
+                f"{where}: expected integers for item and timestamp, and one of {', '.join(LABELS)} for split, got "
+                f"{row}."
             ) from None
         if not 0 <= item < num_items:
             raise ValueError(
                 f"{where}: item {item} is outside of 0..{num_items - 1}: the file is damaged or of another category."
             )
         if users.setdefault(row["user"], len(users)) != len(users) - 1:
-            raise ValueError(f"{where}: user {row['user']} was left before: sort the rows by user, then time.")
+            raise ValueError(f"{where}: user {row['user']} has earlier rows: sort the rows by user, then time.")
         if len(sequences) < len(users):
             sequences.append([])
             times.append([])
@@ -78,10 +78,10 @@ def read_interactions(path: Path, num_items: int) -> PreparedInteractions:
 
 
 def read_catalogue(folder: Path, num_items: int) -> list[dict[str, str]]:
-    """What is known of items 1, 2, ... from ``items.jsonl.gz``, a dict with ``item`` (from 0) and ``title`` a line.
+    """Read the catalogue of items 1, 2, ... from ``items.jsonl.gz``: ``item`` (from 0), ``title``, ... per line.
 
     Returns:
-        A dict an item with its ``title`` and whatever else the line has, as text; without ``item``.
+        One dict per item with its ``title`` and the other values of the line, as text; without ``item``.
 
     Raises:
         FileNotFoundError: if the folder has no such file.
@@ -106,12 +106,14 @@ def read_catalogue(folder: Path, num_items: int) -> list[dict[str, str]]:
 
 
 def write(folder: Path, sequences: UserSequences, catalogue: Iterable[dict[str, str]]) -> None:
-    """Write what :func:`read_interactions`, without splits, and :func:`read_catalogue` read; whole or not at all.
+    """Write the files that :func:`read_interactions` (without splits) and :func:`read_catalogue` read.
+
+    An error leaves no partial file.
 
     Args:
-        folder: is made where it is not there.
-        sequences: with times.
-        catalogue: a dict with ``title`` for items 1, 2, ...
+        folder: folder of the files; created if needed.
+        sequences: sequences with times.
+        catalogue: dicts with ``title`` for items 1, 2, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(

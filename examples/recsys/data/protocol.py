@@ -1,8 +1,8 @@
-"""The protocols by which every model here is trained and judged: what is held out, and what a sample is.
+"""Evaluation protocols: which interactions are held out, and what a sample is.
 
-:class:`LeaveOneOut` holds out the last items of each user (the S3-Rec and TIGER protocol, arXiv 2305.05065),
-:class:`TimeSplit` the latest interactions of all users (the MiniOneRec and MuonRec protocol, arXiv 2510.24431). Both
-rank the whole catalogue.
+:class:`LeaveOneOut` holds out the last items of each user (the S3-Rec and TIGER protocol, arXiv 2305.05065).
+:class:`TimeSplit` holds out the latest interactions of all users (the MiniOneRec and MuonRec protocol, arXiv
+2510.24431). Both rank the whole catalogue.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from examples.recsys.data.sequences import PADDING, UserSequences
 Samples: TypeAlias = Literal["sequence", "prefix"]
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
-"""Labels of interactions: the split in which each is a target."""
+"""Labels of interactions: the split in which an interaction is a target."""
 
 
 class EvaluationProtocol:
-    """Training, validation and test samples of user sequences, by a label an interaction.
+    """Training, validation and test samples of user sequences, by one label per interaction.
 
-    Every interaction but a user's first is a target in the split of its label; its history is what the user did before.
+    Every interaction except the first of a user is a target in the split of its label. The history of a target is all
+    earlier interactions of the user.
 
     Args:
         sequences: the items of the users.
-        labels: (interactions,) int64, ``TRAIN``, ``VALIDATION`` or ``TEST``, never falling within a user. That of a
-            user's first interaction says whether :meth:`item_counts` counts it.
-        max_length: how many of the latest items of a history the model sees.
-        samples: ``"sequence"``: a user is one training sample with a target at every position. ``"prefix"``: every
-            target is a sample of its own, with the at most ``max_length`` items before it.
+        labels: (interactions,) int64, ``TRAIN``, ``VALIDATION`` or ``TEST``, non-decreasing within a user. The label of
+            a user's first interaction only decides whether :meth:`item_counts` counts it.
+        max_length: number of latest items of a history that the model sees.
+        samples: ``"sequence"``: each user is one training sample with a target at every position. ``"prefix"``: each
+            target is a separate sample with up to ``max_length`` items before it.
 
     Raises:
-        ValueError: if ``max_length`` or ``samples`` is not one of the above.
+        ValueError: if ``max_length`` is below 1 or ``samples`` is unknown.
     """
 
     shortest: ClassVar[int]
-    """How many interactions a user must have."""
+    """Smallest number of interactions of a user."""
 
     def __init__(
         self, sequences: UserSequences, labels: Tensor, max_length: int = 50, samples: Samples = "sequence"
@@ -57,7 +58,7 @@ class EvaluationProtocol:
         self.samples = samples
 
     def train(self) -> TrainingSamples:
-        """Samples of ``history`` (T,), ``targets`` (T,), what follows each position or padding, and ``user`` ()."""
+        """Samples of ``history`` (T,), ``targets`` (T,), which are the next items or padding, and ``user`` ()."""
         targets = self.targets(TRAIN)
         if self.samples == "prefix":
             return TrainingSamples(self.sequences, targets, self.max_length, last_target_only=True)
@@ -66,40 +67,40 @@ class EvaluationProtocol:
         return TrainingSamples(self.sequences, targets[last], self.max_length)
 
     def validation(self) -> EvaluationSamples:
-        """Samples of ``history`` (T,), ``seen`` (S,), all of it, ``target`` () and ``user`` (): one a target."""
+        """One sample per target: ``history`` (T,), ``seen`` (S,), the whole history, ``target`` () and ``user`` ()."""
         return EvaluationSamples(self.sequences, self.targets(VALIDATION), self.max_length)
 
     def test(self) -> EvaluationSamples:
-        """As :meth:`validation`, of later targets."""
+        """Like :meth:`validation`, with the test targets."""
         return EvaluationSamples(self.sequences, self.targets(TEST), self.max_length)
 
     def prediction(self) -> HistorySamples:
-        """Samples of ``history``, ``seen`` and ``user``, up to now and without a target: one a user."""
+        """One sample per user: ``history``, ``seen`` and ``user``, up to the last item and without a target."""
         users = torch.arange(len(self.sequences))
         return HistorySamples(self.sequences, users, self.sequences.offsets[1:], self.max_length)
 
     def targets(self, label: int) -> Tensor:
-        """Positions of the targets of a split in ``sequences.items``, user after user, oldest first."""
+        """Positions in ``sequences.items`` of the targets of a split, user after user, oldest first."""
         return (self.labels == label).index_fill(0, self.sequences.offsets[:-1], False).nonzero().flatten()
 
     def item_counts(self) -> Tensor:
-        """(num_items,) how often items 1, 2, ... occur in the training part."""
+        """Number of occurrences of items 1, 2, ... in the training part, (num_items,)."""
         return self.sequences.items[self.labels == TRAIN].bincount(minlength=self.sequences.num_items + 1)[1:]
 
 
 class LeaveOneOut(EvaluationProtocol):
-    """A user's last item is the test target, the last but one the validation target, what is before them trains.
+    """The last item of a user is the test target, the second to last the validation target; the others train.
 
     The validation item belongs to the history of the test.
 
     Args:
-        sequences: at least three items a user.
-        max_length: how many of the latest items of a history the model sees.
-        samples: ``"sequence"``: a user is one training sample with a target at every position. ``"prefix"``: every
-            target is a sample of its own, with the at most ``max_length`` items before it.
+        sequences: sequences with at least three items per user.
+        max_length: number of latest items of a history that the model sees.
+        samples: ``"sequence"``: each user is one training sample with a target at every position. ``"prefix"``: each
+            target is a separate sample with up to ``max_length`` items before it.
 
     Raises:
-        ValueError: if a user has fewer than three items, or an argument is not one of the above.
+        ValueError: if a user has fewer than three items, or as in :class:`EvaluationProtocol`.
     """
 
     shortest = 3
@@ -113,24 +114,24 @@ class LeaveOneOut(EvaluationProtocol):
 
 
 class TimeSplit(EvaluationProtocol):
-    """All targets in order of time, cut 8:1:1 by count into training, validation and test.
+    """All targets in order of time, split 8:1:1 by count into training, validation and test.
 
-    Targets of the same time are in order of users, those of a user in order of the sequence. A user may have any number
-    of targets in each split. The history of a target is all that the user did before it, targets of the same and of
-    earlier splits included, as published. Items may repeat, so evaluation is usual without masking the history.
+    Targets at the same time are in order of users, and those of a user in order of the sequence. A user may have any
+    number of targets in each split. The history of a target is all earlier interactions of the user, including targets
+    of the same and of earlier splits, as published. Items may repeat, so evaluation usually does not mask the history.
 
-    A user's first interaction is no target. It counts as training where the user's second one trains.
+    A user's first interaction is not a target. It counts as training if the user's second one does.
 
     Args:
-        sequences: with times, and at least two items a user.
-        max_length: how many of the latest items of a history the model sees.
+        sequences: sequences with times and at least two items per user.
+        max_length: number of latest items of a history that the model sees.
         samples: as in :class:`LeaveOneOut`; a sequence ends with the user's last training target.
-        labels: (interactions,) int64, the split of each interaction where it is given; those of first interactions are
-            not looked at. None makes the cut.
+        labels: (interactions,) int64, the given split of each interaction; those of first interactions are ignored.
+            None splits 8:1:1.
 
     Raises:
-        ValueError: if there are no times, a user has one item only, a split comes out empty, the labels go back in
-            time, or an argument is not one of the above.
+        ValueError: if there are no times, a user has a single item, a split is empty, the labels go back in time, or as
+            in :class:`EvaluationProtocol`.
     """
 
     shortest = 2
@@ -143,7 +144,7 @@ class TimeSplit(EvaluationProtocol):
         labels: Tensor | None = None,
     ) -> None:
         if sequences.times is None:
-            raise ValueError("A split by time needs times, and these sequences have none: take LeaveOneOut.")
+            raise ValueError("A split by time needs times, but these sequences have none: use LeaveOneOut.")
         _check_lengths(sequences, self.shortest, "a split by time needs 2: one to predict and one before it")
         first = sequences.offsets[:-1]
         targets = torch.ones_like(sequences.items, dtype=torch.bool).index_fill(0, first, False).nonzero().flatten()
@@ -155,18 +156,18 @@ class TimeSplit(EvaluationProtocol):
         if not all(sizes):
             raise ValueError(
                 f"The split by time has {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test targets, but "
-                "needs some of each: 10 targets are enough for a cut."
+                "needs some of each: 10 targets are enough without labels."
             )
         super().__init__(sequences, labels.index_copy(0, first, labels[first + 1]), max_length, samples)
 
 
 class TrainingSamples(Dataset[dict[str, Tensor]]):
-    """Windows of user sequences, each read as a history and, one item later, its targets.
+    """Windows of user sequences: a history, and as targets the same window one item later.
 
     Args:
         sequences: the items of the users.
-        targets: (samples,) positions in ``sequences.items``, none a user's first: the last target of each sample.
-        max_length: how many positions at most a sample has.
+        targets: (samples,) positions in ``sequences.items`` of the last target of each sample, none a user's first.
+        max_length: largest number of positions of a sample.
         last_target_only: whether the other targets of a sample are padding.
     """
 
@@ -184,7 +185,7 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         return len(self.windows)
 
     def lengths(self) -> list[int]:
-        """How many positions each sample has."""
+        """Number of positions of each sample."""
         return [target - begin for begin, target in self.windows]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -197,13 +198,13 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
 
 
 class HistorySamples(Dataset[dict[str, Tensor]]):
-    """What users did until some time.
+    """Histories of users up to given positions.
 
     Args:
         sequences: the items of the users.
         users: (samples,) numbers of users, from 0.
-        ends: (samples,) positions in ``sequences.items``; what the user did before is in the sample.
-        max_length: how many positions at most a history has.
+        ends: (samples,) positions in ``sequences.items``; a sample holds the items of the user before it.
+        max_length: largest number of items of a history.
     """
 
     def __init__(self, sequences: UserSequences, users: Tensor, ends: Tensor, max_length: int) -> None:
@@ -224,7 +225,7 @@ class HistorySamples(Dataset[dict[str, Tensor]]):
 
 
 class EvaluationSamples(HistorySamples):
-    """Targets, given by their positions in ``sequences.items``, and what came before them."""
+    """Targets, given by their positions in ``sequences.items``, and their histories."""
 
     def __init__(self, sequences: UserSequences, targets: Tensor, max_length: int) -> None:
         super().__init__(sequences, _users(sequences, targets), targets, max_length)
@@ -235,7 +236,7 @@ class EvaluationSamples(HistorySamples):
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples; one-dimensional entries are padded on the right to the longest of the batch: (B,) or (B, T)."""
+    """Stack samples to (B,) or (B, T); one-dimensional entries are padded on the right to the longest of the batch."""
     return {
         key: torch.stack([sample[key] for sample in samples])
         if value.ndim == 0
@@ -255,7 +256,7 @@ def _check_lengths(sequences: UserSequences, least: int, needs: str) -> None:
 
 
 def _cut(targets: Tensor, interactions: int) -> Tensor:
-    """Labels (interactions,) of targets in order of time; what is no target counts as training."""
+    """Labels (interactions,) from targets in order of time; other interactions count as training."""
     labels = targets.new_full((interactions,), TRAIN)
     labels[targets[len(targets) * 8 // 10 :]] = VALIDATION
     labels[targets[len(targets) * 9 // 10 :]] = TEST
@@ -265,7 +266,7 @@ def _cut(targets: Tensor, interactions: int) -> Tensor:
 def _check_labels(labels: Tensor, targets: Tensor, sequences: UserSequences) -> None:
     if labels.shape != sequences.items.shape or labels.dtype != torch.long:
         raise ValueError(
-            f"labels must be ({len(sequences.items)},) int64, one an interaction, got {tuple(labels.shape)} "
+            f"labels must be ({len(sequences.items)},) int64, one per interaction, got {tuple(labels.shape)} "
             f"{labels.dtype}."
         )
     unknown = labels[(labels < TRAIN) | (labels > TEST)]
@@ -273,24 +274,24 @@ def _check_labels(labels: Tensor, targets: Tensor, sequences: UserSequences) -> 
         raise ValueError(
             f"labels must be {TRAIN} (train), {VALIDATION} (validation) or {TEST} (test), got {int(unknown[0])}."
         )
-    # In order of time, and within a user of the sequence: the latest of a split may tie with the first of the next.
+    # Check the order of time, where the last of a split may tie with the first of the next, and the order within users.
     times = sequences.times[targets]
     for label in (TRAIN, VALIDATION):
         earlier, later = times[labels[targets] <= label], times[labels[targets] > label]
         if len(earlier) and len(later) and earlier.max() > later.min():
             raise ValueError(
-                f"labels go back in time: a target of split {label} or before is at {int(earlier.max())}, one of a "
-                f"later split at {int(later.min())} already. Label by time, or leave labels out for a cut."
+                f"labels go back in time: a target of split {label} or before is at {int(earlier.max())}, but one of a "
+                f"later split is at {int(later.min())}. Label by time, or leave labels out to split 8:1:1."
             )
     users = _users(sequences, targets)
     falls = (labels[targets].diff() < 0) & (users.diff() == 0)
     if falls.any():
         raise ValueError(
             f"labels go back in the sequence of user {int(users[int(falls.nonzero()[0])]) + 1}, at equal times: "
-            "a target must not train after one that is held out."
+            "after a held-out target there must be no training target."
         )
 
 
 def _users(sequences: UserSequences, positions: Tensor) -> Tensor:
-    """Numbers, from 0, of the users who own the positions."""
+    """Numbers, from 0, of the users at the positions."""
     return torch.searchsorted(sequences.offsets, positions, right=True) - 1

@@ -1,4 +1,4 @@
-"""The order in which samples are taken, and how processes share them out."""
+"""Samplers: the order of the samples, and their distribution over processes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class LengthGroupedSampler(DistributedSampler[Any]):
-    """A random order in which the samples of a batch have about the same length, so that little of it is padding.
+    """A random order in which the samples of a batch have about the same length, which saves padding.
 
-    Samples are shuffled and cut into pools of ``pool_size`` batches; each pool is sorted by length and cut into
-    batches, and all batches are shuffled. Every sample comes once an epoch. An incomplete batch comes last.
+    Samples are shuffled and split into pools of ``pool_size`` batches. Each pool is sorted by length and split into
+    batches, and all batches are shuffled. Every sample comes once per epoch. An incomplete batch comes last.
 
-    Of several processes each takes its part of one order, so that their batches of a step are alike in length too; a
-    few samples come twice where the processes would else have unequal numbers. The order is decided by the epoch and
-    the seed that ``seed_everything`` leaves in the environment (0 if it was not called). A Trainer, which would shuffle
-    the order of any other sampler again, leaves one that shares out as it is.
+    All processes share one order, so their batches of a step have similar lengths too. A few samples come twice if the
+    number of samples does not divide evenly. The order depends on the epoch and on the seed that ``seed_everything``
+    leaves in the environment (0 if it was not called). The base class is ``DistributedSampler``, since a Trainer would
+    shuffle the order of any other sampler again.
 
     Args:
-        lengths: of the samples.
-        batch_size: of the loader, which is that of a process.
-        num_replicas: processes that share the order out.
-        rank: which of them this is, from 0.
-        pool_size: batches a pool; the more, the more alike the lengths and the less random the batches.
+        lengths: lengths of the samples.
+        batch_size: batch size of the loader, per process.
+        num_replicas: number of processes.
+        rank: rank of this process, from 0.
+        pool_size: number of batches per pool. Larger pools give more similar lengths and less random batches.
 
     Raises:
-        ValueError: if ``batch_size`` or ``pool_size`` is below 1, or ``rank`` is not among the processes.
+        ValueError: if ``batch_size`` or ``pool_size`` is below 1, or ``rank`` is not below ``num_replicas``.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         self.pool_size = pool_size
 
     def __iter__(self) -> Iterator[int]:
-        """The order of the epoch that ``set_epoch`` said; without a word it is the one after the last."""
+        """The order of the epoch from ``set_epoch``; without such a call each iteration is the next epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         self.epoch += 1
         complete = len(self.lengths) - len(self.lengths) % self.step_size
@@ -56,15 +56,16 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         steps = torch.cat([pool[self.lengths[pool].argsort()] for pool in pools]).view(-1, self.step_size)
         steps = steps[torch.randperm(len(steps), generator=generator)]
         order = torch.cat([steps.flatten(), order[complete:]])
-        # The first come again until all processes have as many.
+        # Repeat the first samples so that all processes have the same number.
         order = order[torch.arange(self.total_size) % len(order)]
         yield from order[self.rank :: self.num_replicas].tolist()
 
 
 def evaluation_sampler(dataset: Dataset[Any], trainer: Trainer | None) -> Sampler[int] | None:
-    """What gives each of several processes its part of a data set, in order, and no sample twice; None for one alone.
+    """Return a sampler that splits a data set over processes, in order and without repeats; None for one process.
 
-    The sampler that Lightning would insert repeats samples to even out the processes, and they would count twice.
+    The sampler that Lightning would insert repeats samples to even out the processes, and metrics would count these
+    twice.
     """
     if trainer is None or trainer.world_size == 1:
         return None

@@ -1,4 +1,4 @@
-"""What every source of interactions is brought to: the items of each user, oldest first."""
+"""User sequences, the common form of all sources: the items of each user, oldest first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from examples.recsys.data.lines import read_lines
 from examples.recsys.files import write_lines
 
 PADDING = 0
-"""The item id that means "no item"; real ones start at 1."""
+"""The item id that means "no item"; real ids start at 1."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class UserSequences:
         items: (interactions,) int64 ids from 1 to ``num_items``, user after user, oldest first.
         offsets: (users + 1,) int64; user ``u`` owns ``items[offsets[u]:offsets[u + 1]]``.
         num_items: size of the catalogue.
-        times: (interactions,) int64 Unix seconds, never falling within a user; None where the source has none.
-        ranks: (interactions,) int64, places in the order of time over all users, the same for the same time, where the
-            source knows times to less than a second; None where ``times`` have all that is known.
+        times: (interactions,) int64 Unix seconds, non-decreasing within a user; None if the source has none.
+        ranks: (interactions,) int64, ranks of the times over all users, equal for equal times, if the source has
+            fractions of seconds; None if ``times`` are exact.
 
     Raises:
-        ValueError: if there is no user, a user has no item, an id is outside of 1..num_items, or the times do not fit.
+        ValueError: if there is no user, a user has no item, an id is outside 1..num_items, or ``times`` or ``ranks``
+            have another shape, are not int64, or decrease within a user.
     """
 
     items: Tensor
@@ -60,11 +61,11 @@ class UserSequences:
 
     @property
     def order(self) -> Tensor | None:
-        """(interactions,) what tells earlier from later over all users as finely as the source does; None without."""
+        """(interactions,) values that order all interactions by time, as exactly as the source; None without times."""
         return self.times if self.ranks is None else self.ranks
 
     def ties(self) -> tuple[int, int]:
-        """How many users have interactions at the same time as another of theirs, and how many interactions these are.
+        """Number of users with several interactions at the same time, and number of these interactions.
 
         Raises:
             ValueError: if there are no times.
@@ -80,7 +81,7 @@ class UserSequences:
         return len(owners.unique()), len(owners)
 
     def tie_remark(self) -> str | None:
-        """What :meth:`ties` found, as a sentence; None where there are none."""
+        """A sentence about the result of :meth:`ties`; None if there are none."""
         users, interactions = self.ties()
         if not users:
             return None
@@ -98,7 +99,7 @@ class UserSequences:
         times: Sequence[Sequence[int]] | None = None,
         ranks: Sequence[Sequence[int]] | None = None,
     ) -> UserSequences:
-        """Build from one list of item ids a user, oldest first, and where they are known one of times and ranks."""
+        """Build from one list of item ids per user, oldest first, and optional lists of times and ranks alike."""
 
         def flat(name: str, lists: Sequence[Sequence[int]] | None) -> Tensor | None:
             if lists is None:
@@ -115,10 +116,10 @@ class UserSequences:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], num_items: int) -> UserSequences:
-        """Read ``user item item ...`` lines, whitespace separated, oldest item first; gzipped or not.
+        """Read lines of ``user item item ...``, separated by whitespace, oldest item first; gzipped or not.
 
         Raises:
-            ValueError: naming file and line, if a line is not made of integers or has no item; or as the class does.
+            ValueError: with file and line, if a line has other values than integers or no item; or as in the class.
         """
         sequences = []
         for number, line in enumerate(read_lines(path), start=1):
@@ -134,22 +135,22 @@ class UserSequences:
         return cls.from_lists(sequences, num_items)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the form that :meth:`read` reads, users numbered from 1, without times; whole or not at all."""
+        """Write a file for :meth:`read`, with users numbered from 1, without times. An error leaves no partial file."""
         write_lines(path, (f"{user} {' '.join(map(str, self[user - 1].tolist()))}" for user in range(1, len(self) + 1)))
 
     def __len__(self) -> int:
-        """The number of users."""
+        """Number of users."""
         return len(self.offsets) - 1
 
     def __getitem__(self, user: int) -> Tensor:
-        """The items of user ``user``, counted from 0, oldest first."""
+        """Items of user ``user``, counted from 0, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
 def _check_clock(name: str, clock: Tensor, offsets: Tensor) -> None:
     if clock.shape != (int(offsets[-1]),) or clock.dtype != torch.long:
         raise ValueError(
-            f"{name} must be ({int(offsets[-1])},) int64, one an interaction, got {tuple(clock.shape)} {clock.dtype}."
+            f"{name} must be ({int(offsets[-1])},) int64, one per interaction, got {tuple(clock.shape)} {clock.dtype}."
         )
     falls = clock.diff() < 0
     falls[offsets[1:-1] - 1] = False  # from one user to the next

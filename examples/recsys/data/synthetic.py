@@ -1,4 +1,4 @@
-"""Synthetic sequences: learnable from the order of the items, not from their popularity; no download, no licence."""
+"""Synthetic sequences, predictable from the order of the items not from their popularity; no download, no licence."""
 
 from typing import Any
 
@@ -10,26 +10,26 @@ from examples.recsys.data.sequences import UserSequences
 
 
 class SyntheticSequences(SequenceDataModule):
-    """Users who walk around a ring of item clusters, each with a stride of their own.
+    """Users who walk around a ring of item clusters, each with a fixed stride.
 
-    A user draws a stride from 1 to ``num_strides`` and keeps it; the next item lies ``stride`` clusters further, or
-    with probability ``noise`` in a random cluster; within a cluster the r-th item has a weight of 1 / r. So the last
-    item alone leaves ``num_strides`` clusters open and the last two tell which one, while popularity knows no more than
-    the weights.
+    Each user draws a stride from 1 to ``num_strides``. The next item is ``stride`` clusters further, or with
+    probability ``noise`` in a random cluster. Within a cluster the r-th item has a weight of 1 / r. So after the last
+    item ``num_strides`` clusters are likely, and the last two items together tell which one. Popularity knows only the
+    weights.
 
     Args:
-        num_users: how many sequences.
-        num_clusters: clusters on the ring; item ``i`` belongs to cluster ``(i - 1) % num_clusters``.
-        items_per_cluster: so the catalogue has ``num_clusters * items_per_cluster`` items.
-        num_strides: how many strides there are.
+        num_users: number of sequences.
+        num_clusters: number of clusters on the ring; item ``i`` belongs to cluster ``(i - 1) % num_clusters``.
+        items_per_cluster: number of items per cluster; the catalogue has ``num_clusters * items_per_cluster`` items.
+        num_strides: number of strides.
         noise: probability of a jump to a random cluster.
         min_length: shortest sequence, at least 3.
         max_sequence_length: longest sequence; lengths are uniform in between.
-        seed: the same seed gives the same sequences, whatever the global seed is.
-        **kwargs: of :class:`SequenceDataModule`.
+        seed: seed of the sequences, independent of the global seed.
+        **kwargs: arguments of :class:`SequenceDataModule`.
 
     Raises:
-        ValueError: if an argument is outside of the range that makes sense.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SyntheticSequences(SequenceDataModule):
         if not 1 <= num_strides < num_clusters:
             raise ValueError(f"num_strides must be from 1 to num_clusters - 1 = {num_clusters - 1}, got {num_strides}.")
         if not 0.0 <= noise <= 1.0:
-            raise ValueError(f"noise is a probability, got {noise}.")
+            raise ValueError(f"noise must be a probability from 0 to 1, got {noise}.")
         if not 3 <= min_length <= max_sequence_length:
             raise ValueError(
                 f"Lengths must obey 3 <= min_length <= max_sequence_length, got {min_length} and {max_sequence_length}."

@@ -17,17 +17,18 @@ from examples.recsys.data.lines import read_lines
 
 @dataclass(kw_only=True)
 class TextFormat:
-    r"""How a text file holds a table, a row a line.
+    r"""Format of a table in a text file, one row per line.
 
     Args:
-        delimiter: what separates the columns: one character or several, as in ``::``; tab may be written ``\t``.
-        columns: names of all columns in order, for a file without a header; None where the first line has the names.
-        encoding: what the text was written in: ``utf-8``, ``latin-1``, ``utf-16``, ...
-        quoted: whether values may be in double quotes, as in CSV, and then hold the delimiter and ends of lines. None:
-            yes, but no quote may hold what looks like rows; with tabs, and several characters that delimit, no.
+        delimiter: separator of the columns: one character or several, as in ``::``; tab may be written ``\t``.
+        columns: names of all columns in order, for a file without a header; None if the first line has the names.
+        encoding: encoding of the text: ``utf-8``, ``latin-1``, ``utf-16``, ...
+        quoted: whether values may be in double quotes, as in CSV, and then contain the delimiter and ends of lines.
+            None: no if the delimiter is a tab or has several characters; otherwise yes, but a quoted value that seems
+            to hold rows is refused.
 
     Raises:
-        ValueError: if the encoding is unknown, or an argument can not be as above.
+        ValueError: if the encoding is unknown, or an argument is not as described.
     """
 
     delimiter: str = ","
@@ -36,22 +37,22 @@ class TextFormat:
     quoted: bool | None = None
 
     def __post_init__(self) -> None:
-        self.delimiter = _character(self.delimiter)
+        self.delimiter = _unescaped(self.delimiter)
         try:
             codecs.lookup(self.encoding)
         except LookupError:
             raise ValueError(
-                f"encoding={self.encoding!r} is none that Python knows; usual ones are 'utf-8', 'latin-1', 'cp1252' "
-                "and 'utf-16'."
+                f"Python has no encoding={self.encoding!r}: set 'utf-8', 'latin-1', 'cp1252', 'utf-16' or another one "
+                "that it knows."
             ) from None
         if self.quoted and len(self.delimiter) > 1:
             raise ValueError(f"quoted=True needs a delimiter of one character, got {self.delimiter!r}.")
         if self.columns is not None and (isinstance(self.columns, str) or len(set(self.columns)) < len(self.columns)):
-            raise ValueError(f"columns must be a list of different names, one a column, got {self.columns!r}.")
+            raise ValueError(f"columns must be a list of different names, one per column, got {self.columns!r}.")
 
     @property
     def reads_quotes(self) -> bool:
-        """Whether double quotes are read as those of CSV."""
+        """Whether double quotes are read as in CSV."""
         return self.delimiter != "\t" and len(self.delimiter) == 1 if self.quoted is None else self.quoted
 
 
@@ -60,9 +61,9 @@ class Table:
 
     Args:
         path: a Parquet file (needs pyarrow), or else text; gzipped text is unpacked.
-        columns: name of the column by the argument that names it, for errors. A name may leave out the type that
-            RecBole appends: ``item_id`` is the column ``item_id:token``.
-        format: of the text.
+        columns: names of the columns by the arguments that give them, which errors mention. A name may leave out the
+            type that RecBole appends: ``item_id`` is the column ``item_id:token``.
+        format: format of a text file.
     """
 
     def __init__(self, path: Path, columns: Mapping[str, str], format: TextFormat) -> None:
@@ -72,29 +73,29 @@ class Table:
         self._counts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Where each row stands, and its values in the columns; a text value that is not there is None.
+        """Yield the place of each row and its values in the columns; a missing text value is None.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ImportError: if it is Parquet and pyarrow is not installed.
-            ValueError: naming the file and what to do, if it lacks a column or is not as described.
+            ValueError: with the file and the fix, if it lacks a column or is not as described.
         """
         self._counts.clear()
         return self._parquet_rows() if self.path.suffix == ".parquet" else self._text_rows()
 
     def remarks(self) -> list[str]:
-        """What was decided about the values that were read, a sentence each."""
+        """Decisions about the values that were read, one sentence each."""
         counts = self._counts
         remarks = []
         if counts["wrapped"]:
             remarks.append(
                 f"{counted(counts['wrapped'], 'value begins and ends', 'values begin and end')} with a quote, which "
-                "was kept: quoted=True reads quotes as those of CSV."
+                "was kept: quoted=True reads quotes as in CSV."
             )
         if counts["long"]:
             remarks.append(
-                f"{counted(counts['long'], 'row runs', 'rows run')} over several lines in quotes: quoted=False reads "
-                "quotes as characters."
+                f"{counted(counts['long'], 'row spans', 'rows span')} several lines in quotes: quoted=False reads "
+                "quotes as plain characters."
             )
         return remarks
 
@@ -134,8 +135,8 @@ class Table:
                 row = next(rows, None)
             except csv.Error as error:
                 raise ValueError(
-                    f"{self.path}, {lines.place()}: a quote opens that does not close as in CSV ({error}). "
-                    "Set quoted=False if quotes are characters like others."
+                    f"{self.path}, {lines.place()}: a quote is not closed as in CSV ({error}). Set quoted=False if "
+                    "quotes are plain characters."
                 ) from None
             if row is None:
                 return
@@ -145,8 +146,8 @@ class Table:
                 swallowed = any(line.count(self.format.delimiter) + 1 >= width for line in lines.seen[1:])
                 if self.format.quoted is None and swallowed:
                     raise ValueError(
-                        f"{self.path}, {lines.place()}: a quote opens that closes in another row. Set quoted=False if "
-                        "quotes are characters like others, or quoted=True if these lines are one row."
+                        f"{self.path}, {lines.place()}: a quote is closed in another row. Set quoted=False if quotes "
+                        "are plain characters, or quoted=True if these lines are one row."
                     )
             if row:
                 yield lines.place(), row
@@ -168,9 +169,9 @@ class Table:
         return positions
 
     def _remedy(self, found: list[str], missing: list[str]) -> str:
-        """What to do about columns that are missing."""
+        """The fix for missing columns."""
         if self.format.columns is not None:
-            return f"columns names those of the file, of which {_listed(self.columns)} must be some"
+            return f"{_listed(self.columns)} must be names in columns"
         if len(found) == 1:
             other = next((mark for mark in ("\t", "::", ";", "|", ",") if mark in found[0]), None)
             if other is not None and other != self.format.delimiter:
@@ -180,18 +181,18 @@ class Table:
         if any(name.startswith('"') for name in found):
             return "its names are in quotes: set quoted=True"
         if any(re.fullmatch(r"[\d.]+|", name) for name in found):
-            return "where the first line is a row, give the names of all columns as columns=[...]"
-        return f"name yours by {_listed(self.columns)}"
+            return "if the first line is a row, give the names of all columns as columns=[...]"
+        return f"set {_listed(self.columns)} to the names in the file"
 
     def _without_spaces(self, names: list[str]) -> str:
-        """What to do about names that would be right but for the spaces around them."""
+        """The fix for names that are right except for spaces around them."""
         if self.path.suffix != ".parquet" and all(name == f" {name.strip()}" for name in names):
             return (
-                f"its names {', '.join(map(repr, names))} begin with a space: take the spaces out of the file, or set "
-                f"delimiter={self.format.delimiter + ' '!r} where one follows each delimiter in all lines and nothing "
-                "is in quotes"
+                f"its names {', '.join(map(repr, names))} begin with a space: remove the spaces from the file, or set "
+                f"delimiter={self.format.delimiter + ' '!r} if one follows each delimiter in all lines and nothing is "
+                "in quotes"
             )
-        return f"its names {', '.join(map(repr, names))} begin or end with spaces: take them out of the file"
+        return f"its names {', '.join(map(repr, names))} begin or end with spaces: remove them from the file"
 
     def _too_wide(self, where: str, row: list[str], width: int) -> str:
         remedy = (
@@ -215,7 +216,7 @@ class Table:
         try:
             file = pq.ParquetFile(self.path)
         except pa.ArrowInvalid:
-            raise ValueError(f"{self.path} is not a Parquet file, or a damaged one: make it again.") from None
+            raise ValueError(f"{self.path} is not a Parquet file or is damaged: make it again.") from None
         found = file.schema_arrow.names
         names = [found[position] for position in self._positions(found)]
         row = 0
@@ -227,7 +228,7 @@ class Table:
 
 
 class _Lines(Iterator[str]):
-    """Lines of which those of the latest row are remembered."""
+    """An iterator over lines that stores those of the latest row."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -251,15 +252,15 @@ class _Lines(Iterator[str]):
 _TYPE = re.compile(r":(?:token|token_seq|float|float_seq)$")
 
 
-def _character(delimiter: str) -> str:
-    r"""The characters that are meant by ``\t`` and the like."""
+def _unescaped(delimiter: str) -> str:
+    r"""Decode ``\t`` and other escapes in a delimiter."""
     meant = delimiter
     if re.fullmatch(r"(\\(t|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}))+", delimiter):
         meant = codecs.decode(delimiter, "unicode_escape")
     elif "\\" in delimiter and len(delimiter) > 1:
-        raise ValueError(f"delimiter={delimiter!r} is no text as it stands in the file, and patterns are not read.")
+        raise ValueError(f"delimiter={delimiter!r} looks like a pattern: give the text between the columns itself.")
     if not meant or any(character in '"\r\n' for character in meant):
-        raise ValueError(f"delimiter must be one or more characters, and no quote or end of a line, got {delimiter!r}.")
+        raise ValueError(f"delimiter must be one or more characters, no quote and no end of line, got {delimiter!r}.")
     return meant
 
 
@@ -269,7 +270,7 @@ def _listed(names: Mapping[str, str]) -> str:
 
 
 def _python_values(column: Any) -> list[Any]:
-    """Values of a column, times as ISO dates with all their digits: Python's datetime has no nanoseconds."""
+    """Values of a column. Times become ISO dates with all digits, since Python's datetime has no nanoseconds."""
     import pyarrow as pa
 
     return list((column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column).to_pylist())

@@ -1,4 +1,4 @@
-"""What sources say of an item, as plain text."""
+"""Descriptions of items as plain text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from html.parser import HTMLParser
 
 MAX_DESCRIPTION = 1000
-"""Characters: about as many as the 256 tokens that small text encoders read."""
+"""In characters; about the 256 tokens that small text encoders read."""
 
 
 def describe(*parts: str) -> str:
-    """The parts that say something as sentences, one after the other, in ``MAX_DESCRIPTION`` characters at most.
+    """Join the non-empty parts as sentences, up to ``MAX_DESCRIPTION`` characters.
 
-    Each part is cleaned by :func:`plain_text`; what is too long ends after a whole word.
+    Each part is cleaned by :func:`plain_text`. A text that is too long ends after a whole word.
 
     Example::
 
@@ -29,10 +29,10 @@ def describe(*parts: str) -> str:
 
 
 def plain_text(raw: str) -> str:
-    """Text without markup and with single spaces; what is a list of strings as Python writes it is joined first.
+    """Return text without markup and with single spaces; a list of strings in Python notation is joined first.
 
-    Entities become their characters, also those that were escaped twice. Tags, scripts and styles are dropped, and a
-    tag that was cut off at the end.
+    Entities become their characters, even if escaped twice. Tags, scripts, styles and a truncated tag at the end are
+    dropped.
 
     Example::
 
@@ -60,7 +60,7 @@ def _strings(raw: str) -> Iterable[str]:
 
 
 class _TextReader(HTMLParser):
-    """Collects what is between the tags."""
+    """Collects the text between the tags."""
 
     hidden = ("script", "style")
     inline = ("a", "b", "em", "i", "span", "strong", "sub", "sup", "u")

@@ -1,4 +1,4 @@
-"""Times as logs write them: numbers in some unit since 1970, and ISO dates. Both are read without loss."""
+"""Times in logs: numbers in some unit since 1970, and ISO dates. Both are read without loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from examples.recsys.data.counts import counted
 
 Time: TypeAlias = int | Decimal
-"""Unix seconds, exactly."""
+"""Exact Unix seconds."""
 
 TimeUnit: TypeAlias = Literal["s", "ms", "us", "ns", "date"]
 
@@ -25,18 +25,18 @@ NAMES: dict[TimeUnit, str] = {
 }
 
 ERA = (631_152_000, 4_102_444_800)
-"""Unix seconds of 1990 and 2100, between which logs are from. No number lies there in two units."""
+"""Unix seconds of 1990 and 2100, the range of times in logs. No number lies in it in two units."""
 
 LATEST = 1 << 33
-"""Unix seconds in the year 2242: what lies beyond is no count of seconds."""
+"""Unix seconds in the year 2242; larger numbers are not in seconds."""
 
 
 class Clock:
-    """Reads the times of one file, and judges by all of them whether the unit is right.
+    """Reads the times of one file, and checks the unit by all of them.
 
     Args:
-        unit: what times that are numbers count: seconds, milliseconds, microseconds or nanoseconds since 1970, or
-            ``"date"``: their digits are year, month and day, and maybe hour and minute, and second.
+        unit: unit of numeric times: seconds, milliseconds, microseconds or nanoseconds since 1970; ``"date"`` if their
+            digits are year, month and day, optionally followed by hour and minute, and second.
     """
 
     def __init__(self, unit: TimeUnit) -> None:
@@ -47,11 +47,11 @@ class Clock:
         self._zones = {True: 0, False: 0}
 
     def read(self, value: Any, where: str) -> Time:
-        """Unix seconds of a number, a date, or the text of either.
+        """Convert a number, a date, or the text of either to Unix seconds.
 
         Args:
-            value: what the file has.
-            where: the place in the file, for :meth:`fault`.
+            value: the value in the file.
+            where: its place in the file, for :meth:`fault`.
 
         Raises:
             ValueError: with the rest of the sentence "the time ...", if it is neither, or is far from our time.
@@ -76,13 +76,13 @@ class Clock:
         return time
 
     def fault(self) -> str | None:
-        """Why the numbers can not be in this unit, and which one they are in; None if they can."""
+        """Why the numbers cannot be in this unit, and which unit they look like; None if they can."""
         if not self._numbers:
             return None
         (low, low_place), (high, high_place) = self._numbers
         low_unit, high_unit = (self._unit_of(number) for number in (low, high))
         if (low_unit == "date") != (high_unit == "date"):
-            # A count of many things may look like a date at one end.
+            # One end of a range of numbers may look like a date by chance.
             low_unit, high_unit = (None if unit == "date" else unit for unit in (low_unit, high_unit))
         if low_unit and high_unit and low_unit != high_unit:
             return (
@@ -96,12 +96,12 @@ class Clock:
             if unit is None and abs(_scaled(number, self.unit)) > LATEST:
                 return (
                     f"{number} ({place}) is in the year {year} in {NAMES[self.unit]}, far from our time: set time_unit "
-                    f"to what it counts ({', '.join(map(repr, UNITS))}), or drop such rows."
+                    f"to its unit ({', '.join(map(repr, UNITS))}), or drop such rows."
                 )
         return None
 
     def remarks(self, rows: int) -> list[str]:
-        """What is odd about the times of a file of so many rows without being wrong for sure, a sentence each."""
+        """Doubts about the times of a file with ``rows`` rows, one sentence each."""
         if self._range is None:
             return []
         low, high = self._range
@@ -109,7 +109,7 @@ class Clock:
         if _is_usual(high) and self._unset:
             remarks.append(
                 f"{counted(self._unset, 'time is', 'times are')} before 1971, the earliest on {_day(low)}: if these "
-                "stand for missing times, drop such rows."
+                "mean missing times, drop such rows."
             )
         if high < ERA[0] and high > rows:
             remarks.append(
@@ -119,7 +119,7 @@ class Clock:
         if high > datetime.now(UTC).timestamp() + 86_400:
             remarks.append(f"The latest time is {_day(high)}, which is in the future.")
         if all(self._zones.values()):
-            unzoned = counted(self._zones[False], "date says", "dates say")
+            unzoned = counted(self._zones[False], "date has", "dates have")
             remarks.append(f"{unzoned} no time zone, others do: those without are read as UTC.")
         return remarks
 
@@ -136,7 +136,7 @@ class Clock:
 
 
 def likely_unit(number: Time) -> TimeUnit | None:
-    """The unit in which a number is a time from 1990 to 2100; None if there is none."""
+    """Return the unit in which a number is a time from 1990 to 2100; None if there is none."""
     for unit in _POWERS:
         if _is_usual(_scaled(number, unit)):
             return unit
@@ -153,7 +153,7 @@ _DIGITS = re.compile(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)(?:(\d\d)(\.\d+)?)?)?")
 
 
 def _number(value: Any) -> Time | None:
-    """Of digits as text, float64 would keep 16."""
+    """Convert to an exact number; None if it is not one. Text is not read as float64, which keeps 16 digits."""
     if isinstance(value, str):
         try:
             number = int(value) if value.isdecimal() and len(value) < 40 else Decimal(value.strip())
@@ -181,14 +181,14 @@ def _scaled(number: Time, unit: TimeUnit) -> Time:
 
 
 def _from_date(moment: Any) -> tuple[Time, bool]:
-    """Unix seconds, and whether a time zone was given; UTC counts where it was not."""
+    """Unix seconds of a date, read as UTC without a time zone, and whether it has one."""
     text = moment.isoformat() if isinstance(moment, date) else moment
     try:
         parsed = datetime.fromisoformat(_UTC.sub("+00:00", text.strip()))
     except (AttributeError, ValueError):
         raise ValueError(f"must be a number or an ISO date, as 2024-05-31T12:30:00, got {moment!r}") from None
     since = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)) - _EPOCH
-    # Python's datetime ends at microseconds.
+    # Python's datetime has no digits below microseconds.
     finer = _BELOW_MICROSECONDS.search(text)
     fraction = Decimal(f"0.{since.microseconds:06d}{finer[1] if finer else ''}")
     seconds = since.days * 86_400 + since.seconds
@@ -196,7 +196,7 @@ def _from_date(moment: Any) -> tuple[Time, bool]:
 
 
 def _from_digits(number: Time) -> Time | None:
-    """Unix seconds of 20240531, 202405311230, 20240531123000 or 20240531123000.25; None if it is no such date."""
+    """Unix seconds of 20240531, 202405311230, 20240531123000 or 20240531123000.25; None if it is not such a date."""
     text = f"{number:f}" if isinstance(number, Decimal) else str(number)
     match = _DIGITS.fullmatch(re.sub(r"\.0*$", "", text))
     if match is None:

@@ -1,4 +1,4 @@
-"""What all recommenders share: evaluation by the protocol, and training on the next item."""
+"""Base classes of the recommenders: evaluation by the protocol, and training on the next item."""
 
 from abc import abstractmethod
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ TOP_K = (5, 10)
 class Recommendations(NamedTuple):
     """The best items for the users of a batch, best first.
 
-    ``user`` (B,) int64 from 0; ``items`` (B, K) ids, 0 where there are fewer than K; ``scores`` (B, K), -inf there.
+    ``user`` is (B,) int64, from 0. ``items`` are (B, K) ids and ``scores`` (B, K); rows with fewer than K items end in
+    id 0 and score -inf.
     """
 
     user: Tensor
@@ -30,25 +31,26 @@ class Recommendations(NamedTuple):
 
 
 class Recommender(L.LightningModule):
-    """A model that scores the whole catalogue for a history, judged by Recall@K and NDCG@K of the next item.
+    """A model that scores the whole catalogue for a history, evaluated by Recall@K and NDCG@K of the next item.
 
-    Logs ``val/ndcg@10`` and the like, and in a test ``test/masked/...`` (items of the history are left out of the
-    ranking) and ``test/unmasked/...`` (they compete). ``Trainer.predict`` gives :class:`Recommendations`.
+    Validation logs ``val/ndcg@10`` and the like. A test logs ``test/masked/...``, with the items of the history left
+    out of the ranking, and ``test/unmasked/...``, with them in it. ``Trainer.predict`` returns
+    :class:`Recommendations`.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
-        mask_history: whether validation and recommendations leave the items of the history out.
+        mask_history: whether validation and recommendations leave out the items of the history.
 
     Raises:
-        ValueError: if ``num_items`` is below 2; if a checkpoint is of a catalogue of another size, or the data number
-            the items in another way than those of the training, where they tell; or if ``max_length`` differs.
+        ValueError: if ``num_items`` is below 2; if a loaded checkpoint has another number of items or another
+            ``max_length``; if the fingerprint of the items in the data differs from that in training.
     """
 
     num_recommendations = 10
-    """How many items ``Trainer.predict`` gives a user."""
+    """Number of items that ``Trainer.predict`` returns per user."""
 
     item_fingerprint: str | None = None
-    """What tells the numbering of the items in training; see :meth:`SequenceDataModule.item_fingerprint`."""
+    """Identifies the numbering of the items in training; see :meth:`SequenceDataModule.item_fingerprint`."""
 
     def __init__(self, num_items: int, mask_history: bool = True) -> None:
         super().__init__()
@@ -62,10 +64,10 @@ class Recommender(L.LightningModule):
 
     @abstractmethod
     def forward(self, history: Tensor) -> Tensor:
-        """Scores of all items: (B, T) item ids, padded on the right -> (B, num_items); column j is item j + 1."""
+        """Score all items: (B, T) item ids, padded on the right -> (B, num_items); column j is item j + 1."""
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """Scores (B, num_items) from all that a batch tells of the histories; by default from the items alone."""
+        """Score all items, (B, num_items), from all history columns of a batch; by default from ``history`` alone."""
         return self(batch["history"])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -113,13 +115,13 @@ class Recommender(L.LightningModule):
         found, mine = trained.get("max_length"), self.hparams.get("max_length")
         if found != mine and None not in (found, mine):
             raise ValueError(
-                f"The checkpoint was trained with max_length={found}, but the model has max_length={mine}, which it "
-                f"takes from the data: give the data max_length={found}."
+                f"The checkpoint was trained with max_length={found}, but the model has max_length={mine} from the "
+                f"data: set max_length={found} in the data."
             )
         self.item_fingerprint = checkpoint.get("item_fingerprint")
 
     def _check_items(self) -> None:
-        """Remember what tells the numbering of the items, or compare it with that of the training."""
+        """Store the fingerprint of the items in training; otherwise compare it with the stored one."""
         data = getattr(self.trainer, "datamodule", None)
         found = data.item_fingerprint() if hasattr(data, "item_fingerprint") else None
         if self.item_fingerprint is None and self.trainer.training:
@@ -127,7 +129,7 @@ class Recommender(L.LightningModule):
         elif found is not None and self.item_fingerprint not in (None, found):
             raise ValueError(
                 f"The model was trained on other items, or on items in another order, than {type(data).__name__} has: "
-                "its scores would go to the wrong ones. Give the data that it was trained on, or train anew."
+                "its scores would go to the wrong items. Give the data that it was trained on, or train again."
             )
 
     def _evaluate(self, metrics: MetricCollection, scores: Tensor, batch: Batch, masked: bool) -> None:
@@ -139,25 +141,25 @@ class Recommender(L.LightningModule):
 
 
 class NextItemRecommender(Recommender):
-    """A recommender that encodes a history to a state a position, trained to score the item that follows each."""
+    """A recommender that encodes each position of a history to a state, trained to score the item that follows."""
 
     @abstractmethod
     def encode(self, history: Tensor) -> Tensor:
-        """States of the M positions that hold an item, row after row, each of them blind to what comes later.
+        """Encode the M positions that hold an item, row after row; no state depends on later positions.
 
         (B, T) item ids, padded on the right -> (M, d).
         """
 
     @abstractmethod
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (num_items, d) and bias (num_items,) or None that score items 1, 2, ... for a state."""
+        """Weight (num_items, d) and bias (num_items,) or None of the layer that scores items 1, 2, ..."""
 
     @abstractmethod
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of states (M, d) that should score the rows ``targets`` (M,) of the output layer."""
+        """Mean loss of states (M, d) for ``targets`` (M,), which are rows of the output layer."""
 
     def encode_batch(self, batch: Batch) -> Tensor:
-        """States (M, d) as :meth:`encode` has them, from all that a batch tells of the histories."""
+        """States (M, d) as in :meth:`encode`, from all history columns of a batch."""
         return self.encode(batch["history"])
 
     def forward(self, history: Tensor) -> Tensor:
@@ -183,5 +185,5 @@ class NextItemRecommender(Recommender):
 
 def _ranking_metrics(prefix: str) -> MetricCollection:
     metrics = {f"{name}@{k}": metric(k) for name, metric in (("ndcg", NDCG), ("recall", Recall)) for k in TOP_K}
-    # Compute groups are guessed from equal states, and all are zero as long as nothing hits.
+    # torchmetrics groups metrics with equal states, and all states are zero until the first hit.
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)

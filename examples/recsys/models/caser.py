@@ -15,14 +15,15 @@ from examples.recsys.models.untied import UntiedRecommender
 
 
 class Caser(UntiedRecommender):
-    """The form of the MuonRec study (arXiv 2603.00416): no user embedding, untied output, binary cross-entropy.
+    """Caser as in the MuonRec study (arXiv 2603.00416): no user embedding, untied output, binary cross-entropy.
 
-    The state at a position comes from the matrix E (window, d) of the embedded latest items, oldest first, with rows of
-    zeros after them where there are fewer. A horizontal filter is as wide as E; it slides over the rows, and its
-    largest answer counts. A vertical filter weighs the rows of E, and so has d answers. All answers pass a ReLU. In the
-    study the filters are convolutions of an image with one channel; here they are the same maps with fewer dimensions.
+    The state at a position comes from the matrix E (window, d) of the embedded latest items, oldest first. If there are
+    fewer items than rows, rows of zeros follow. A horizontal filter is as wide as E and slides over the rows; its
+    largest output counts. A vertical filter is a weighted sum of the rows of E, so it has d outputs. All outputs pass a
+    ReLU. In the study the filters are 2-D convolutions with one input channel; here they are the same maps with fewer
+    dimensions.
 
-    The study has ``samples: prefix`` with ``max_length: 10`` in the data. With ``samples: sequence`` and a longer
+    The study uses ``samples: prefix`` with ``max_length: 10`` in the data. With ``samples: sequence`` and a longer
     ``max_length`` the windows are the same, and a batch holds those of whole users.
 
     Args:
@@ -30,10 +31,10 @@ class Caser(UntiedRecommender):
         max_length: longest history.
         hidden_size: width d of the embedding.
         heights: heights of the horizontal filters, in items.
-        horizontal_filters: how many filters there are of each height.
-        vertical_filters: how many filters weigh the rows.
-        dropout: of the states.
-        window: how many of the latest items a state sees.
+        horizontal_filters: number of horizontal filters of each height.
+        vertical_filters: number of vertical filters.
+        dropout: dropout of the states.
+        window: number of latest items that a state sees.
         **kwargs: loss, masking, optimizers, schedule and rules of
             :class:`~examples.recsys.models.untied.UntiedRecommender`.
 
@@ -63,7 +64,7 @@ class Caser(UntiedRecommender):
         self.horizontal = nn.ModuleList(nn.Conv1d(hidden_size, horizontal_filters, height) for height in heights)
         self.vertical = nn.Linear(window, vertical_filters)
         for filters in (*self.horizontal, self.vertical):
-            # Glorot's scale for filters of an image with one channel.
+            # Glorot's scale for 2-D convolutions with one input channel.
             nn.init.normal_(filters.weight, std=(2 / (filters.weight[0].numel() + filters.weight.numel())) ** 0.5)
             nn.init.constant_(filters.bias, 0.1)
         self.dropout = nn.Dropout(dropout)
@@ -77,10 +78,10 @@ class Caser(UntiedRecommender):
 
 
 def latest_items(history: Tensor, window: int) -> Tensor:
-    """What each position of a history sees of itself and the ``window - 1`` items before.
+    """The item at each position of a history and the ``window - 1`` items before it, oldest first.
 
-    (B, T) item ids, padded on the right -> (M, window) for the M positions that hold an item, row after row: ids oldest
-    first, padded on the right.
+    (B, T) item ids, padded on the right -> (M, window) for the M positions that hold an item, row after row, padded on
+    the right.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""What decoder-only models of semantic ids share: a small model from sizes, the loss of tokens, the scores of codes."""
+"""Parts of decoder-only models of semantic ids: a small model, the loss of tokens, the scores of codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from examples.recsys.decoding import NextLogProbs
 from examples.recsys.models.generative import token_log_probs
 
 IGNORED = -100
-"""The label of a token that no loss counts."""
+"""Label of the tokens that the loss leaves out."""
 
 
 def small_qwen3(
@@ -29,10 +29,10 @@ def small_qwen3(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
 ) -> PreTrainedModel:
-    """A Qwen3 (arXiv 2505.09388) with random weights, and with dropout of embeddings and of what each half block adds.
+    """Build a Qwen3 (arXiv 2505.09388) with random weights and dropout of embeddings and of each half block's output.
 
     Raises:
-        ValueError: if a size is below 1 or heads do not fit.
+        ValueError: if a size is below 1 or a number of heads does not divide.
     """
     check_positive(
         hidden_size=hidden_size,
@@ -41,8 +41,8 @@ def small_qwen3(
         num_kv_heads=num_kv_heads,
         intermediate_size=intermediate_size,
     )
-    if hidden_size % (2 * num_heads):  # rotary positions turn pairs
-        raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size} into even widths.")
+    if hidden_size % (2 * num_heads):  # rotary positions rotate pairs
+        raise ValueError(f"hidden_size={hidden_size} must be a multiple of 2 * num_heads, got num_heads={num_heads}.")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}.")
     model = Qwen3ForCausalLM(
@@ -72,11 +72,11 @@ def _drop(rate: float, module: nn.Module, inputs: tuple[Any, ...], output: Tenso
 
 
 def token_loss(model: PreTrainedModel, states: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the vocabulary of the tokens that count; logits are made for these alone.
+    """Mean cross-entropy over the labels other than ``IGNORED``; logits are computed for these alone.
 
     Args:
-        model: whose output embedding scores the tokens.
-        states: (B, S, d) from the model's base; the one at position s is to predict the label at s.
+        model: its output embedding scores the tokens.
+        states: (B, S, d) from the model's base; the state at position s predicts the label at s.
         labels: (B, S) tokens, or ``IGNORED``.
     """
     counts = labels != IGNORED
@@ -84,7 +84,7 @@ def token_loss(model: PreTrainedModel, states: Tensor, labels: Tensor) -> Tensor
 
 
 def align_right(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding from the right to the left: (B, P) tokens and where they are real, twice.
+    """Move the padding from the right to the left: (B, P) tokens and a mask of the real ones -> both again.
 
     Example::
 
@@ -99,23 +99,23 @@ def align_right(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def next_code_scorer(model: PreTrainedModel, prompts: Tensor, real: Tensor, code_tokens: Tensor) -> NextLogProbs:
-    """What scores the next code of the beams of each prompt, which is encoded once, here.
+    """Encode prompts once and return a function that scores the next code of their beams.
 
-    The K beams of a prompt are K * l further positions of its row. A mask lets each see the prompt and its own codes,
-    and the cache is cut back to the prompt after every call, so that nothing is repeated K times.
+    The K beams of a prompt are K * l further positions of its row. A mask lets each beam see the prompt and its own
+    codes. The cache is cropped to the prompt after every call, so nothing is repeated K times.
 
     Args:
-        model: a causal language model of ``transformers`` that has a cache, rotary or learned positions, attention by
-            ``scaled_dot_product_attention`` without a window shorter than the prompts, and is in evaluation mode.
+        model: a causal language model of ``transformers`` in evaluation mode. It needs a cache, rotary or learned
+            positions, and attention by ``scaled_dot_product_attention`` without a window shorter than the prompts.
         prompts: (B, P) tokens, padded on the left.
-        real: (B, P) where they are no padding.
+        real: (B, P) bool, False at the padding.
         code_tokens: (levels, codebook_size) the token of each code.
     """
     lengths = real.sum(1)
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     encoded = model.base_model(input_ids=prompts, attention_mask=real.long(), position_ids=positions, use_cache=True)
     cache, head = encoded.past_key_values, model.get_output_embeddings()
-    # Once: where peft trains some rows of the weight it puts them together, and scores are made in float32.
+    # Once per call: peft assembles a weight of which it trains some rows, and the scores need float32.
     weight, bias = head.weight.float(), getattr(head, "bias", None)
     first = token_log_probs(encoded.last_hidden_state[:, -1], weight, bias, code_tokens[0])
 

@@ -1,4 +1,4 @@
-"""What generative recommenders share: items as semantic ids, and beam search over those of the catalogue."""
+"""Base class of generative recommenders: items as semantic ids, and beam search over the ids of the catalogue."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from examples.recsys.semantic_ids.codes import SemanticIds
 
 
 class GenerativeRecommender(Recommender):
-    """A recommender that writes the codes of the next item one after the other, and only those of real items.
+    """A recommender that generates the codes of the next item one by one, restricted to real items.
 
-    An item's score is the log-probability of its codes, or -inf where no beam reached it. Items with equal codes tie,
+    An item's score is the log-probability of its codes, or -inf if no beam reached it. Items with equal codes tie,
     which counts against the model.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         semantic_ids: path of the codes of all items, as :meth:`SemanticIds.read` reads them.
-        num_beams: beams of the search; a target that none of them reaches counts as ranked last. The models here attend
-            among all beams of a user, so time and memory grow with the square of many hundreds.
+        num_beams: number of beams; a target that no beam reaches counts as ranked last. Attention in the models here
+            runs over all beams of a user at once, so with many hundreds time and memory grow with their square.
         mask_history: whether validation leaves the items of the history out of the ranking.
 
     Raises:
-        FileNotFoundError: if there are no such codes.
-        ValueError: if they are of another catalogue, or ``num_beams`` is below 1.
+        FileNotFoundError: if there is no file ``semantic_ids``.
+        ValueError: if the codes are of another catalogue, or ``num_beams`` is below 1.
     """
 
     codes: Tensor
-    """(num_items + 1, levels) int64, by item id; the padding has zeros."""
+    """(num_items + 1, levels) int64, by item id; the row of the padding is zero."""
 
     def __init__(self, num_items: int, semantic_ids: str, num_beams: int = 50, mask_history: bool = True) -> None:
         super().__init__(num_items=num_items, mask_history=mask_history)
@@ -48,13 +48,13 @@ class GenerativeRecommender(Recommender):
         self.codebook_size = ids.codebook_size
         self.register_buffer("codes", torch.cat([ids.codes.new_zeros(1, ids.levels), ids.codes]))
         self.tree = PrefixTree(ids.codes, ids.codebook_size)
-        # DDP would send these constants to all processes at every step, and the tables are larger than many models.
+        # DDP would broadcast these constants at every step, and the tables are larger than many models.
         constants = ["codes", *(f"tree.{name}" for name, _ in self.tree.named_buffers())]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
 
     @abstractmethod
     def next_code_scorer(self, batch: Batch) -> NextLogProbs:
-        """What scores the next code of the beams of each user of a batch; what all beams share is computed here."""
+        """Return a function that scores the next code of each user's beams; compute here what all beams share."""
 
     def forward(self, history: Tensor) -> Tensor:
         return self.score_batch({"history": history})
@@ -71,22 +71,22 @@ class GenerativeRecommender(Recommender):
         codes = checkpoint["state_dict"].get("codes")
         if codes is None or not torch.equal(codes.cpu(), self.codes.cpu()):
             raise ValueError(
-                "The checkpoint was trained on other semantic ids than those of semantic_ids: its codes would mean "
-                "other items. Give the file it was trained with, or train anew."
+                "The checkpoint was trained on other semantic ids than those in the file semantic_ids, so its codes "
+                "would mean other items. Give the file that it was trained with, or train again."
             )
 
 
 def draw_targets(history: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One target of each row, all equally likely, and the history before it: (B, T) twice -> (B, T), (B,)."""
+    """Draw one target of each row uniformly, and cut the history before it: (B, T), (B, T) -> (B, T), (B,)."""
     drawn = (targets != PADDING).float().multinomial(1)
     later = torch.arange(history.shape[1], device=history.device) > drawn
     return history.masked_fill(later, PADDING), targets.gather(1, drawn).squeeze(1)
 
 
 def token_log_probs(states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
-    """Log-probabilities (..., C) of the tokens (C,) after states (..., d), among the whole vocabulary.
+    """Log-probabilities (..., C) of ``tokens`` (C,) given states (..., d), normalized over the whole vocabulary.
 
-    ``weight`` (vocabulary, d) and ``bias`` (vocabulary,) or None are the output layer's.
+    ``weight`` (vocabulary, d) and ``bias`` (vocabulary,) or None are those of the output layer.
     """
     with torch.autocast(states.device.type, enabled=False):
         states, weight = at_least_float32(states), at_least_float32(weight)

@@ -14,7 +14,7 @@ from examples.recsys.models.untied import UntiedRecommender
 
 
 class GRU4Rec(UntiedRecommender):
-    """The form of the MuonRec study (arXiv 2603.00416): embedding, GRU, untied output, binary cross-entropy.
+    """GRU4Rec as in the MuonRec study (arXiv 2603.00416): embedding, GRU, untied output, binary cross-entropy.
 
     The state at a position is that of the last layer after its item. The study has one layer, no dropout, and
     ``samples: prefix`` with ``max_length: 10`` in the data.
@@ -23,8 +23,8 @@ class GRU4Rec(UntiedRecommender):
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         max_length: longest history.
         hidden_size: width d of embedding and states.
-        num_layers: how many GRUs stand on one another.
-        dropout: of what goes into each layer and into the output layer.
+        num_layers: number of stacked GRU layers.
+        dropout: dropout of the input of each layer and of the output layer.
         **kwargs: loss, masking, optimizers, schedule and rules of
             :class:`~examples.recsys.models.untied.UntiedRecommender`.
 
@@ -53,7 +53,7 @@ class GRU4Rec(UntiedRecommender):
         check_length(history, self.max_length)
         real = history != PADDING
         inputs = self.dropout(self.embedding(history))
-        # Packing needs the lengths on the CPU, and spares the padding, which is most of a batch.
+        # Packing skips the padding, which is most of a batch; it needs the lengths on the CPU.
         packed = pack_padded_sequence(inputs, real.sum(1).cpu(), batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=history.shape[1])
         return self.dropout(states[real])

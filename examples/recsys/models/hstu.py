@@ -15,40 +15,40 @@ from examples.recsys.models.losses import cosine_sampled_softmax_loss
 from lightning_muon import MuonMixin, ParameterRule
 
 LOG_BUCKET = 0.301
-"""Width of a time bucket in the natural logarithm of seconds: each is 1.35 times as long as the one before."""
+"""Width of a time bucket in natural-log seconds: each bucket is 1.35 times as long as the one before."""
 NORM_EPS = 1e-6
 
 
 class HSTU(MuonMixin, NextItemRecommender):
-    """Attention without softmax, gated element by element and aware of when things happened; no feed-forward.
+    """HSTU: attention without softmax, with an element-wise gate and biases by time, and no feed-forward.
 
-    Items are scored by the cosine of state and embedding. Where batches hold ``times``, the attention also goes by the
-    time between two items; where they do not, by their distance in the sequence alone. The authors' code measures from
-    the time of the item to predict; here it is from that of the latest item, so that nothing of the target is known.
+    Items are scored by the cosine of state and embedding. The attention has a bias by the distance in the sequence and,
+    if batches hold ``times``, one by the time between two items. The authors' code measures from the time of the item
+    to predict. Here it is from the time of the latest item, so that nothing about the target is known.
 
-    The four maps of a block are one parameter, ``uvqk``, stored (fan-in, fan-out), that no module type explains. A
-    parameter rule of the model says how it is read as matrices; rules of the user apply after it.
+    The four maps of a block are one parameter, ``uvqk``, stored (fan-in, fan-out). Its module type does not tell how to
+    read it as matrices, so the model has a parameter rule for it; rules of the user apply after that one.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         max_length: longest history.
         hidden_size: width d.
-        num_blocks: how many blocks.
-        num_heads: heads of the attention.
+        num_blocks: number of blocks.
+        num_heads: number of attention heads.
         attention_size: width of the queries and keys of a head; None for ``hidden_size / num_heads``.
         linear_size: width of the values and gates of a head; None for ``hidden_size / num_heads``.
-        dropout: of embeddings and what each block adds, before its last map.
-        num_negatives: the softmax is over the target and so many uniform negatives shared by the batch.
-        temperature: cosines are divided by it in the softmax.
-        time_buckets: how many buckets there are for times above that of bucket 0, which is up to 1.35 seconds; longer
-            ones share the last. None where there are no times; DDP then needs it, as it waits for every gradient.
+        dropout: dropout of the embeddings, and in each block before its last map.
+        num_negatives: number of uniform negatives in the softmax, shared by the batch.
+        temperature: divides the cosines in the softmax.
+        time_buckets: number of time buckets after bucket 0, which ends at 1.35 seconds; the last has no upper end. Set
+            None if the data have no times: DDP waits for the gradients of all parameters, used or not.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
     Raises:
         ValueError: if a size is below 1, ``temperature`` is not positive, or ``num_heads`` does not divide
-            ``hidden_size`` where a width is left to them; if a history is longer than ``max_length`` or its times have
-            another shape.
+            ``hidden_size`` and a width of the heads is None; if a history is longer than ``max_length`` or its times
+            have another shape.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class HSTU(MuonMixin, NextItemRecommender):
         self.time_buckets = time_buckets
         attention_size = attention_size or hidden_size // num_heads
         linear_size = linear_size or hidden_size // num_heads
-        # Scaled as in the authors' code: the item table is small, since only its directions score.
+        # Scaled as in the authors' code: the item embeddings are small, since only their directions score.
         self.embedding = SequenceEmbedding(num_items, max_length, hidden_size, dropout, item_scale=hidden_size**0.5)
         self.embedding.reset_parameters(std=0.02, position_std=hidden_size**-0.5)
         self.blocks = nn.ModuleList(
@@ -103,7 +103,7 @@ class HSTU(MuonMixin, NextItemRecommender):
         ]
 
     def encode(self, history: Tensor, times: Tensor | None = None) -> Tensor:
-        """States (M, d); ``times`` (B, T) in seconds, or None where they are not known."""
+        """States (M, d); ``times`` (B, T) are in seconds, None if unknown."""
         if times is not None and times.shape != history.shape:
             raise ValueError(
                 f"times must have the shape of the history, {tuple(history.shape)}, got {tuple(times.shape)}."
@@ -128,13 +128,13 @@ class HSTU(MuonMixin, NextItemRecommender):
 def log_time_gaps(times: Tensor, time_buckets: int) -> Tensor:
     """Logarithmic bucket, 0..time_buckets, of the time from item j to item i: (B, T) seconds -> (B, T, T) by (i, j).
 
-    Whatever is not later than a second falls into bucket 0.
+    Gaps of a second or less, and negative ones, are in bucket 0.
     """
     gaps = times[:, :, None] - times[:, None, :]
     return (gaps.clamp(min=1).log() / LOG_BUCKET).long().clamp(max=time_buckets)
 
 
-# As in SASRec, the maps work on the M real positions alone and only the attention unpacks them to (B, T).
+# As in SASRec, the maps run on the M real positions alone; only the attention unpacks them to (B, T).
 
 
 class HSTUBlock(nn.Module):
@@ -174,9 +174,9 @@ class HSTUBlock(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A number for each distance in the sequence, plus one for each bucket of time where there are times.
+    """A learned bias per distance in the sequence, plus one per time bucket if there are times.
 
-    Only distances back are kept, as the attention looks nowhere else.
+    Only distances to earlier positions have one, since the attention is causal.
     """
 
     def __init__(self, max_length: int, time_buckets: int | None) -> None:
@@ -185,7 +185,7 @@ class RelativeBias(nn.Module):
         self.time_bias = None if time_buckets is None else nn.Parameter(torch.empty(time_buckets + 1).normal_(std=0.02))
 
     def forward(self, length: int, gaps: Tensor | None) -> Tensor:
-        """What position i adds for position j <= i: buckets (B, T, T) or None -> (T, T) or (B, 1, T, T)."""
+        """Bias at position i for position j <= i: buckets (B, T, T) or None -> (T, T) or (B, 1, T, T)."""
         positions = torch.arange(length, device=self.position_bias.device)
         bias = self.position_bias[(positions[:, None] - positions).clamp(min=0)]
         return bias if gaps is None else bias + self.time_bias[gaps][:, None]

@@ -1,4 +1,4 @@
-"""Layers that sequence models share, and what they check."""
+"""Layers and checks that the sequence models share."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def check_length(history: Tensor, max_length: int) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x``, in float32 where it has less: bfloat16 has a few hundred different scores, and ties count against us."""
+    """Cast ``x`` to float32 if its precision is lower. In bfloat16 many scores tie, which counts against the model."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_not_empty(history: Tensor) -> None:
-    """Raise ``ValueError`` that names the first row of a batch of histories (B, T) without an item."""
+    """Raise ``ValueError`` with the first row of a batch of histories (B, T) that has no item."""
     empty = (history == PADDING).all(1)
     if bool(empty.any()):
         row = int(empty.nonzero()[0])
         raise ValueError(f"The history in row {row} of the batch has no item: there is nothing to predict from.")
 
 
-# Most of a padded batch is padding. So the layers work on the M real positions alone, row after row, as (M, d), and
-# only the attention unpacks them to (B, T).
+# Most of a padded batch is padding. So the layers run on the M real positions alone, row after row, as (M, d); only
+# the attention unpacks them to (B, T).
 
 
 class SequenceEmbedding(nn.Module):
-    """Item embedding, times ``item_scale``, plus learned position embedding of the real positions, with dropout."""
+    """Item embedding times ``item_scale`` plus learned position embedding, with dropout, at the real positions."""
 
     def __init__(
         self, num_items: int, max_length: int, hidden_size: int, dropout: float, item_scale: float = 1.0
@@ -46,14 +46,14 @@ class SequenceEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def reset_parameters(self, std: float, position_std: float | None = None) -> None:
-        """Draw items from N(0, std^2), and positions likewise or with a width of their own; the padding stays zero."""
+        """Draw items from N(0, std^2) and positions from N(0, position_std^2), by default alike; zero the padding."""
         nn.init.normal_(self.items.weight, std=std)
         nn.init.normal_(self.positions.weight, std=std if position_std is None else position_std)
         with torch.no_grad():
             self.items.weight[PADDING].zero_()
 
     def forward(self, history: Tensor) -> tuple[Tensor, RealPositions]:
-        """(B, T) item ids, padded on the right -> (M, d), and where the M belong."""
+        """(B, T) item ids, padded on the right -> (M, d), and the positions of the M rows."""
         check_length(history, self.positions.num_embeddings)
         real = RealPositions(history)
         items = self.item_scale * self.items(history[real.index])
@@ -61,7 +61,7 @@ class SequenceEmbedding(nn.Module):
 
 
 class RealPositions:
-    """Where a batch of histories holds items, to go from (M, d) to (B, T, d) and back."""
+    """The positions of a batch of histories that hold items, to convert between (M, d) and (B, T, d)."""
 
     def __init__(self, history: Tensor) -> None:
         self.shape = history.shape

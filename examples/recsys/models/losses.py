@@ -1,7 +1,7 @@
-"""Losses over the items of a catalogue, from states and the output layer that scores them.
+"""Losses over the items of a catalogue, from states and the weights of the output layer.
 
-In all of them a state (M, d) scores item ``j`` by ``states @ weight[j] + bias[j]`` with ``weight`` (N, d) and ``bias``
-(N,) or None, and ``targets`` (M,) are rows of ``weight``. Each returns the mean over the M targets.
+In all of them the states (M, d) score item ``j`` by ``states @ weight[j] + bias[j]``, with ``weight`` (N, d) and
+``bias`` (N,) or None. The ``targets`` (M,) are rows of ``weight``. Each returns the mean over the M targets.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def sampled_softmax_loss(
 ) -> Tensor:
     """Cross-entropy of the softmax over the target and ``num_negatives`` uniform items that all M targets share.
 
-    Uniform sampling needs no correction by the sampling probability, which is the same for all. A negative that is the
+    The sampling is uniform, so the logits need no correction by the sampling probability. A negative that equals the
     target of a state does not count for that state.
     """
     negatives = torch.randint(len(weight), (num_negatives,), device=states.device)
-    # Cosines over a small temperature are large, and bfloat16 would round them by several percent of a probability.
+    # Cosines divided by a small temperature are large; rounded to bfloat16, probabilities would be off by percents.
     with torch.autocast(states.device.type, enabled=False):
         states, rows = at_least_float32(states), at_least_float32(weight[negatives])
         positive = _pair_scores(states, targets[:, None], weight, bias)
@@ -40,9 +40,9 @@ def sampled_softmax_loss(
 def cosine_sampled_softmax_loss(
     states: Tensor, targets: Tensor, weight: Tensor, num_negatives: int = 128, temperature: float = 0.05
 ) -> Tensor:
-    """:func:`sampled_softmax_loss` where a state scores an item by their cosine divided by ``temperature``.
+    """:func:`sampled_softmax_loss` with the cosine of state and item, divided by ``temperature``, as score.
 
-    HSTU (arXiv 2402.17152), whose authors draw the negatives for each target anew.
+    From HSTU (arXiv 2402.17152), whose authors draw new negatives for each target.
     """
     states = F.normalize(states, dim=1) / temperature
     return sampled_softmax_loss(states, targets, F.normalize(weight, dim=1), num_negatives=num_negatives)
@@ -53,9 +53,10 @@ def binary_cross_entropy_loss(
 ) -> Tensor:
     """Binary cross-entropy of the target against ``num_negatives`` uniform other items, drawn for each target.
 
-    The mean of the target's term and the mean term of its negatives (SASRec, arXiv 1808.09781, with one negative).
+    It is the mean of the target's term and of the mean term of its negatives (SASRec, arXiv 1808.09781, with one
+    negative).
     """
-    # Drawing from one item fewer and stepping over the target leaves all others equally likely.
+    # Draw from N - 1 items and shift those from the target on by one, so all other items are equally likely.
     negatives = torch.randint(len(weight) - 1, (len(targets), num_negatives), device=states.device)
     negatives = negatives + (negatives >= targets[:, None])
     positive = -F.logsigmoid(_pair_scores(states, targets[:, None], weight, bias))
@@ -64,6 +65,6 @@ def binary_cross_entropy_loss(
 
 
 def _pair_scores(states: Tensor, items: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Scores (M, K) of the K items (M, K) that each state (M, d) has of its own."""
+    """Scores (M, K) of items (M, K), K per state, by states (M, d)."""
     scores = (weight[items].to(states.dtype) @ states[:, :, None]).squeeze(2)
     return scores if bias is None else scores + bias[items]

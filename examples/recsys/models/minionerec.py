@@ -1,4 +1,4 @@
-"""MiniOneRec: a language model that reads and writes semantic ids beside text (arXiv 2510.24431)."""
+"""MiniOneRec: a language model that reads and writes semantic ids and text (arXiv 2510.24431)."""
 
 from __future__ import annotations
 
@@ -21,53 +21,54 @@ from lightning_muon import MuonMixin
 
 
 class MiniOneRec(MuonMixin, GenerativeRecommender):
-    """A causal language model, fine-tuned on up to five tasks, that answers with the codes of the next item.
+    """A causal language model, fine-tuned on up to five tasks, that generates the codes of the next item.
 
-    Every code is a token of its own, ``<a_17>`` being code 17 of the first level, added to the vocabulary. A row of a
-    training batch draws one of the tasks; the loss is over the tokens of the responses:
+    Every code is a new token in the vocabulary; ``<a_17>`` is code 17 of the first level. Each row of a training batch
+    draws one of the tasks. The loss is over the tokens of the responses:
 
-    - ``"next_item"``: codes of the history -> codes of the next item. Evaluation asks the same.
+    - ``"next_item"``: codes of the history -> codes of the next item. Evaluation uses this task.
     - ``"item_text"``: codes of an item -> its title or description, or the other way round; any item of the catalogue.
     - ``"fusion"``: codes of the history -> title of the next item.
     - ``"titles"``: titles of the history -> title of the next item.
     - ``"titles_to_codes"``: titles of the history -> codes of the next item.
 
-    Where a row of the data has several targets (``samples: sequence``) one of them is drawn in each epoch. Prompts are
-    put together in the training process, from tokens that are made once.
+    If a row of the data has several targets (``samples: sequence``), each epoch draws one of them. Prompts are built in
+    the training process from texts that are tokenized once.
 
-    A pretrained model comes from ``checkpoint``; without it a small Qwen3 with random weights reads bytes. What was
-    fine-tuned can be saved for other programs by ``model.lm.save_pretrained`` and ``model.tokenizer.save_pretrained``;
-    with ``lora``, whose factors ``save_pretrained`` does not take, only as a checkpoint of the Trainer.
-    ``load_from_checkpoint`` takes architecture and tokenizer from ``checkpoint`` again: it must still be there.
+    A pretrained model comes from ``checkpoint``. Without it a small Qwen3 with random weights reads bytes. Save a
+    fine-tuned model for other programs by ``model.lm.save_pretrained`` and ``model.tokenizer.save_pretrained``. With
+    ``lora`` save it as a checkpoint of the Trainer only: ``save_pretrained`` leaves the factors out.
+    ``load_from_checkpoint`` reads architecture and tokenizer from ``checkpoint`` again, so do not delete it.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         semantic_ids: path of the codes of all items, as :meth:`SemanticIds.read` reads them.
         checkpoint: folder or hub name of a causal language model of ``transformers``, e.g. ``"Qwen/Qwen2.5-0.5B"``.
-        tokenizer: folder or hub name; None for that of the checkpoint, or for bytes where there is none.
+        tokenizer: folder or hub name; None for that of the checkpoint, or for bytes without a checkpoint.
         tasks: which of the five.
-        cutoff: most tokens of a prompt and its response; the oldest items of a history go first.
-        lora: options of ``peft.LoraConfig``, such as ``{"r": 16, "lora_alpha": 32}``, to train low-rank factors beside
-            the frozen weights, and the embeddings of the codes; of all linear layers unless ``target_modules`` says
-            otherwise. None trains everything.
-        gradient_checkpointing: whether the backward pass computes activations anew instead of keeping them.
-        hidden_size: width d of the model without checkpoint, to which all that follows belongs.
-        num_layers: how many pairs of attention and feed-forward.
-        num_heads: heads of the attention.
-        num_kv_heads: heads of its keys and values, shared by groups of the others.
+        cutoff: largest number of tokens of a prompt and its response; the oldest items of a history are dropped first.
+        lora: options of ``peft.LoraConfig``, such as ``{"r": 16, "lora_alpha": 32}``. Then the weights are frozen, and
+            low-rank factors of the linear layers (all, or those in ``target_modules``) and the embeddings of the codes
+            are trained. None trains all weights.
+        gradient_checkpointing: whether the backward pass recomputes activations to save memory.
+        hidden_size: width d of the model without checkpoint. The next arguments up to ``dropout`` are for it, too.
+        num_layers: number of layers.
+        num_heads: number of attention heads.
+        num_kv_heads: number of key and value heads; groups of query heads share them.
         intermediate_size: inner width of the feed-forward.
         tied: whether the output layer is the embedding of the tokens.
-        dropout: of embeddings and what each half block adds.
-        num_beams: beams of the search, whatever the model.
+        dropout: dropout of the embeddings and of each half block's output.
+        num_beams: number of beams, with any model.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
     Raises:
-        FileNotFoundError: if there are no such codes.
+        FileNotFoundError: if there is no file ``semantic_ids``.
         OSError: if there is no such checkpoint or tokenizer.
         ImportError: if ``lora`` is given and ``peft`` is not installed.
-        ValueError: if the codes are of another catalogue, a size is below 1 or heads do not fit, a task or an option of
-            LoRA is unknown, or ``cutoff`` is too small; in ``setup``, if tasks need titles and the data have none.
+        ValueError: if the codes are of another catalogue, a size is below 1, a number of heads does not divide, a task
+            or an option of LoRA is unknown, or ``cutoff`` is too small; in ``setup``, if tasks need titles and the data
+            have none.
     """
 
     code_tokens: Tensor
@@ -123,7 +124,7 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
                 dropout,
             )
         else:
-            # Trained in float32 unless the Trainer's precision is a true lower one; files may have bfloat16.
+            # The files may be in bfloat16. The default type is float32 unless the Trainer has a true half precision.
             self.lm = AutoModelForCausalLM.from_pretrained(
                 os.path.expanduser(checkpoint), dtype=torch.get_default_dtype(), attn_implementation="sdpa"
             ).train()
@@ -134,12 +135,12 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def prepare_data(self) -> None:
-        """Titles may have to be downloaded, which one process does for all of a node."""
+        """Load the titles in one process per node, since they may have to be downloaded."""
         if self.trainer.state.fn == "fit" and self._tasks_with_text:
             self._item_titles()
 
     def setup(self, stage: str) -> None:
-        """Take titles and descriptions from the data, where training has a task that needs them."""
+        """Take titles and descriptions from the data if a task of the training needs them."""
         if stage == "fit" and self._tasks_with_text:
             texts = self._item_titles(), self.trainer.datamodule.item_descriptions()
             titles, descriptions = ([[], *map(self._encode, some)] for some in texts)
@@ -147,7 +148,7 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        # Processes begin with the same random state, and would all draw the same tasks and items.
+        # All processes start with the same random state and would draw the same tasks and items.
         self.draws.manual_seed(torch.initial_seed() + self.global_rank)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -157,7 +158,7 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
             for history, target in zip(_item_lists(histories), targets.tolist(), strict=True)
         ]
         tokens, labels = (part.to(self.device) for part in stack_examples(examples))
-        # The padding is on the right, so causality hides it.
+        # The padding is on the right, so the causal mask hides it.
         states = self.lm.base_model(tokens, use_cache=False).last_hidden_state
         loss = token_loss(self.lm, states, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(examples))
@@ -180,8 +181,8 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
         if data is None or titles == data.item_names():
             source = "the Trainer has no data module" if data is None else f"{type(data).__name__} has none"
             raise ValueError(
-                f"The tasks {', '.join(self._tasks_with_text)} need the titles of the items, and {source}. Set tasks "
-                "to [next_item], or take data with titles."
+                f"The tasks {', '.join(self._tasks_with_text)} need the titles of the items, but {source}. Set tasks "
+                "to [next_item], or use data with titles."
             )
         return titles
 
@@ -190,21 +191,21 @@ class MiniOneRec(MuonMixin, GenerativeRecommender):
 
 
 def add_code_tokens(tokenizer: PreTrainedTokenizerBase, levels: int, codebook_size: int) -> Tensor:
-    """Add ``<a_0>``, ``<a_1>``, ..., ``<b_0>``, ... where they are not there: their tokens (levels, codebook_size)."""
+    """Add ``<a_0>``, ``<a_1>``, ..., ``<b_0>``, ... unless they exist; returns their ids (levels, codebook_size)."""
     names = [f"<{chr(ord('a') + level)}_{code}>" for level in range(levels) for code in range(codebook_size)]
     tokenizer.add_tokens(names)
     return torch.tensor(tokenizer.convert_tokens_to_ids(names)).view(levels, codebook_size)
 
 
 def extend_embeddings(model: PreTrainedModel, known_tokens: int, num_tokens: int) -> None:
-    """Make room for ``num_tokens``, and draw those from ``known_tokens`` on like the others.
+    """Grow the embeddings to ``num_tokens`` rows, and initialize the rows from ``known_tokens`` on.
 
-    Each is drawn from a normal distribution with the mean and the standard deviation of the known ones, in each
-    dimension. Models often have spare rows, which nothing has trained.
+    Each new row is drawn from a normal distribution with the mean and the standard deviation of the known rows in each
+    dimension. This includes spare rows, which many models have and nobody trained.
     """
     if num_tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    # A tied table twice would be drawn twice, to no harm.
+    # A tied table is drawn twice, which does no harm.
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         with torch.no_grad():
             known, new = table[:known_tokens].float(), table[known_tokens:num_tokens]
@@ -212,7 +213,7 @@ def extend_embeddings(model: PreTrainedModel, known_tokens: int, num_tokens: int
 
 
 def add_lora(model: PreTrainedModel, options: dict[str, Any], code_tokens: Tensor) -> PreTrainedModel:
-    """Freeze a model but for low-rank factors beside its linear layers and the embeddings of the codes.
+    """Freeze a model except the embeddings of the codes, and add low-rank factors to its linear layers.
 
     Raises:
         ImportError: if ``peft`` is not installed.
@@ -225,7 +226,7 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], code_tokens: Tenso
             "lora needs the package peft: `pip install peft`, or leave lora out to train all weights."
         ) from error
     tables = {id(model.get_input_embeddings().weight): model.get_input_embeddings()}
-    # Where the output layer is tied to the input, peft ties what it adds, too.
+    # If the output layer is tied to the input, peft ties its additions, too.
     tables.setdefault(id(model.get_output_embeddings().weight), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is table for table in tables.values())]
     trained = {name: code_tokens.flatten().tolist() for name in names}
@@ -233,16 +234,16 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], code_tokens: Tenso
         config = LoraConfig(**{"target_modules": "all-linear", "trainable_token_indices": trained, **options})
     except TypeError as error:
         raise ValueError(
-            f"lora={options} is not what peft.LoraConfig takes ({error}): give its options, such as r, lora_alpha, "
+            f"peft.LoraConfig does not take lora={options} ({error}): give its options, such as r, lora_alpha, "
             "lora_dropout and target_modules."
         ) from None
     return get_peft_model(model, config).get_base_model()
 
 
 def stack_examples(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """What the model reads and is to predict: tokens (B, S) and labels (B, S), padded on the right.
+    """Batch examples into tokens (B, S) and labels (B, S), padded on the right.
 
-    The label at a position is the token after it where that belongs to the response, else ``IGNORED``.
+    The label at a position is the next token if it belongs to the response, else ``IGNORED``.
     """
     tokens = [torch.tensor([*prompt, *response][:-1]) for prompt, response in examples]
     labels = [torch.tensor([IGNORED] * (len(prompt) - 1) + response) for prompt, response in examples]
@@ -250,7 +251,7 @@ def stack_examples(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
 
 def _load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub, or of bytes, which needs no files."""
+    """Load a tokenizer from a folder or the hub; None gives one of bytes, which needs no files."""
     if source is None:
         return ByT5Tokenizer(extra_ids=0)
     return AutoTokenizer.from_pretrained(os.path.expanduser(source))

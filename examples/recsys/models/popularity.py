@@ -1,4 +1,4 @@
-"""The baseline that every recommender must beat: the most popular items, the same for all."""
+"""The baseline that every recommender must beat: the most popular items, the same for all users."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from examples.recsys.models.base import Recommender
 
 
 class Popularity(Recommender):
-    """Scores an item by how often it occurs in the training data, which it takes from the data module.
+    """Scores an item by how often it occurs in the training data of the data module.
 
-    There is nothing to fit: ``Trainer.test``, ``Trainer.validate`` or ``Trainer.predict`` it. Items that are equally
-    popular are ranked as the metrics rank all ties, against the model.
+    There is nothing to fit: call ``Trainer.test``, ``Trainer.validate`` or ``Trainer.predict``. Equally popular items
+    tie, which counts against the model.
     """
 
     item_counts: Tensor
@@ -18,7 +18,7 @@ class Popularity(Recommender):
     def __init__(self, num_items: int, mask_history: bool = True) -> None:
         super().__init__(num_items=num_items, mask_history=mask_history)
         self.save_hyperparameters()
-        # Whole numbers, which a Trainer's precision leaves alone.
+        # Integers, which a Trainer's precision does not cast.
         self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))
 
     def setup(self, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What MiniOneRec reads and is to answer: the tasks of its fine-tuning (arXiv 2510.24431) as tokens."""
+"""Prompts and responses of MiniOneRec: its fine-tuning tasks (arXiv 2510.24431) as tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tokens: TypeAlias = list[int]
 
 
 class TaskForm(NamedTuple):
-    """What a task shows of the history and what it asks of the next item, each ``"codes"`` or ``"title"``."""
+    """The form in which a task shows the history and asks for the next item: ``"codes"`` or ``"title"`` each."""
 
     shown: str
     asked: str
@@ -31,7 +31,7 @@ HISTORY = {
     "codes": ("A shopper took these items, the latest last:\n", ", "),
     "title": ("A shopper took items with these titles, the latest last:\n", "\n"),
 }
-"""How a history begins, and what stands between its items."""
+"""The start of a history, and the separator of its items."""
 NEXT = {"codes": "\nThe next item is:\n", "title": "\nThe title of the next item is:\n"}
 SUBJECT = {
     "codes": "This is an item:\n",
@@ -50,12 +50,12 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemTokens:
-    """The tokens of each item, by id; entry 0 is the padding's and empty.
+    """The tokens of each item, by id; entry 0, the padding, is empty.
 
     Args:
-        codes: the tokens of the codes.
-        titles: of the titles; None where no task needs them.
-        descriptions: of the descriptions, empty where an item has none; None where no task needs them.
+        codes: tokens of the codes.
+        titles: tokens of the titles; None if no task needs them.
+        descriptions: tokens of the descriptions, empty if an item has none; None if no task needs them.
     """
 
     codes: list[Tokens]
@@ -71,17 +71,17 @@ class ItemTokens:
 
 
 class PromptWriter:
-    """Puts the tasks of histories and items together, from tokens that are made once.
+    """Builds prompts and responses of tasks about histories and items, from texts that are tokenized once.
 
     Pieces are encoded one by one, so an instruction has the same tokens whatever follows it. A prompt and its response
-    have at most ``cutoff`` tokens together: a response gets half of what the instruction leaves, or more where the
-    prompt needs less, and of a history the latest items remain that fit as a whole.
+    have at most ``cutoff`` tokens together. A response gets half of the tokens that the instruction leaves, or more if
+    the prompt needs fewer. Of a history the latest items are kept, as many as fit completely.
 
     Args:
-        encode: tokens of a text, without special ones.
-        end: the token after a response; None where the vocabulary has none.
-        cutoff: most tokens of prompt and response.
-        levels: codes an item.
+        encode: maps a text to tokens, without special ones.
+        end: the token after a response; None if the vocabulary has none.
+        cutoff: largest number of tokens of prompt and response.
+        levels: number of codes per item.
 
     Raises:
         ValueError: if ``cutoff`` leaves no room for the codes of two items.
@@ -99,16 +99,16 @@ class PromptWriter:
         least = max(map(len, heads)) + max(map(len, tails)) + 2 * levels + 2 * len(self.end)
         if cutoff < least:
             raise ValueError(
-                f"cutoff={cutoff} tokens do not hold an instruction and the codes of two items, which are {least} with "
-                "this tokenizer."
+                f"cutoff={cutoff} tokens do not hold an instruction and the codes of two items: set cutoff to {least} "
+                "or more with this tokenizer."
             )
 
     def next_item(self, history: Sequence[int], items: ItemTokens) -> Tokens:
-        """The prompt that asks for the codes of the item after a history, with room for the answer."""
+        """The prompt that asks for the codes of the item after a history; it leaves room for the response."""
         return self.of_history("next_item", history, None, items).prompt
 
     def of_history(self, task: Task, history: Sequence[int], target: int | None, items: ItemTokens) -> Example:
-        """A task about a history (item ids, oldest first) and the item after it; None leaves room for any codes."""
+        """A task about a history (item ids, oldest first) and the next item; None leaves room for any codes."""
         form = HISTORY_TASKS[task]
         head, between = self.history[form.shown]
         shown, asked = items.of(form.shown), items.of(form.asked)
@@ -117,12 +117,12 @@ class PromptWriter:
             [shown[item] for item in history],
             between,
             self.next[form.asked],
-            # All items have as many codes, so any will do to leave room.
+            # All items have the same number of codes, so item 1 serves to leave room.
             [*asked[target or 1], *self.end],
         )
 
     def of_item(self, item: int, shown: str, asked: str, items: ItemTokens) -> Example:
-        """The task to tell the codes of an item by its title or description, or these by the codes."""
+        """The task to give the codes of an item from its title or description, or these from the codes."""
         return self._fit(
             self.subject[shown],
             [items.of(shown)[item]],
@@ -152,10 +152,10 @@ def draw_example(
     items: ItemTokens,
     generator: torch.Generator | None = None,
 ) -> Example:
-    """One of the tasks, all equally likely, by a generator of random numbers or torch's own.
+    """Draw one of the tasks uniformly, with ``generator`` or torch's default one.
 
-    A task of an item is about any of the catalogue, with its codes on either side, and its title or its description
-    where it has one on the other.
+    The task ``item_text`` is about a random item of the catalogue. Its codes are on one side, its title or, if it has
+    one, its description on the other.
     """
 
     def draw(size: int) -> int:

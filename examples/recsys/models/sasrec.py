@@ -14,18 +14,17 @@ from lightning_muon import MuonMixin
 
 
 class SASRec(MuonMixin, NextItemRecommender):
-    """The form that does best today: pre-norm blocks, tied output, softmax over the items.
+    """SASRec in the form that does best today: pre-norm blocks, tied output, softmax over the items.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         max_length: longest history.
         hidden_size: width d.
-        num_blocks: how many pairs of attention and feed-forward.
-        num_heads: heads of the attention; divides ``hidden_size``.
+        num_blocks: number of blocks of attention and feed-forward.
+        num_heads: number of attention heads; divides ``hidden_size``.
         ffn_size: inner width of the feed-forward.
-        dropout: of embeddings, attention weights and what each half block adds.
-        num_negatives: the softmax is over the target and so many uniform negatives shared by the batch; None takes all
-            items.
+        dropout: dropout of the embeddings, the attention weights and each half block's output.
+        num_negatives: number of uniform negatives in the softmax, shared by the batch; None takes all items.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
@@ -75,18 +74,18 @@ class SASRec(MuonMixin, NextItemRecommender):
 
 
 class PaperSASRec(MuonMixin, NextItemRecommender):
-    """The form of the MuonRec study (arXiv 2603.00416): one block, one head, untied output, binary cross-entropy.
+    """SASRec as in the MuonRec study (arXiv 2603.00416): one block, one head, untied output, binary cross-entropy.
 
-    The queries come from the normalised input, keys and values from the input itself; there is no output projection,
-    and the residuals add normalised inputs. The feed-forward is two linear maps (convolutions of width 1 in the study).
-    Items start from N(0, 0.01²) and positions from N(0, 1), as in the study's code. It goes with ``samples: prefix``
-    and ``max_length: 10`` in the data.
+    The queries come from the normalized input, keys and values from the input itself. There is no output projection,
+    and the residual connections add normalized inputs. The feed-forward is two linear maps (convolutions of width 1 in
+    the study). Item embeddings start from N(0, 0.01²) and positions from N(0, 1), as in the study's code. The study
+    uses ``samples: prefix`` and ``max_length: 10`` in the data.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         max_length: longest history.
         hidden_size: width d.
-        dropout: of embeddings, attention weights and feed-forward.
+        dropout: dropout of the embeddings, the attention weights and the feed-forward.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
@@ -162,7 +161,7 @@ class CausalAttention(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + ffn(norm(x))``, with dropout on what is added: (M, d) -> (M, d)."""
+    """``x + attention(norm(x))``, then ``x + ffn(norm(x))``, with dropout on each branch: (M, d) -> (M, d)."""
 
     def __init__(self, hidden_size: int, num_heads: int, ffn_size: int, dropout: float) -> None:
         super().__init__()

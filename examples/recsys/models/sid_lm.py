@@ -19,32 +19,32 @@ PAD_TOKEN, START_TOKEN, FIRST_CODE_TOKEN = range(3)
 
 
 class SemanticIdLM(MuonMixin, GenerativeRecommender):
-    """Qwen3 with random weights that reads the codes of a history as one text and goes on with those of the next item.
+    """Qwen3 with random weights that reads the codes of a history and continues with those of the next item.
 
-    The text is ``start c1 c2 ... c1 c2 ...``, oldest item first; code ``c`` of level ``l`` is the token
+    The sequence is ``start c1 c2 ... c1 c2 ...``, oldest item first. Code ``c`` of level ``l`` is the token
     ``2 + l * codebook_size + c``. With four levels of 256 codes there are 1,026 tokens and 1.1 M parameters.
 
-    One pass trains every code of every target, so with ``samples: sequence`` in the data a user costs as much as one
+    One pass trains every code of every target. So with ``samples: sequence`` in the data a user costs as much as one
     sample of ``samples: prefix``.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         semantic_ids: path of the codes of all items, as :meth:`SemanticIds.read` reads them.
         hidden_size: width d.
-        num_layers: how many pairs of attention and feed-forward.
-        num_heads: heads of the attention.
-        num_kv_heads: heads of its keys and values, shared by groups of the others.
+        num_layers: number of layers.
+        num_heads: number of attention heads.
+        num_kv_heads: number of key and value heads; groups of query heads share them.
         intermediate_size: inner width of the feed-forward.
         tied: whether the output layer is the embedding of the tokens.
-        dropout: of embeddings and what each half block adds.
-        attention_dropout: of the attention weights.
-        num_beams: beams of the search.
+        dropout: dropout of the embeddings and of each half block's output.
+        attention_dropout: dropout of the attention weights.
+        num_beams: number of beams.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
     Raises:
-        FileNotFoundError: if there are no such codes.
-        ValueError: if they are of another catalogue, a size is below 1, or heads do not fit.
+        FileNotFoundError: if there is no file ``semantic_ids``.
+        ValueError: if the codes are of another catalogue, a size is below 1, or a number of heads does not divide.
     """
 
     code_tokens: Tensor
@@ -91,14 +91,14 @@ class SemanticIdLM(MuonMixin, GenerativeRecommender):
         tokens = self.tokens(items)
         counts = F.pad(targets != PADDING, (1, 0)).repeat_interleave(self.levels, dim=1)
         labels = tokens[:, 1:].where(counts, IGNORED)
-        # The padding is on the right, so causality hides it.
+        # The padding is on the right, so the causal mask hides it.
         states = self.lm.base_model(tokens[:, :-1], use_cache=False).last_hidden_state
         loss = token_loss(self.lm, states, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(history))
         return loss
 
     def tokens(self, items: Tensor) -> Tensor:
-        """What the model reads: (B, T) item ids, padded on the right -> (B, 1 + T * levels) tokens, padded likewise."""
+        """Input tokens: (B, T) item ids, padded on the right -> (B, 1 + T * levels) tokens, padded on the right."""
         levels = torch.arange(self.levels, device=items.device)
         tokens = self.code_tokens[levels, self.codes[items]].masked_fill((items == PADDING)[:, :, None], PAD_TOKEN)
         return F.pad(tokens.flatten(1), (1, 0), value=START_TOKEN)

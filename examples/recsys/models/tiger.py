@@ -19,35 +19,35 @@ PAD_TOKEN, START_TOKEN, END_TOKEN, FIRST_CODE_TOKEN = range(4)
 
 
 class TIGER(MuonMixin, GenerativeRecommender):
-    """T5 that reads the codes of a history and writes those of the next item.
+    """A T5 that reads the codes of a history and generates those of the next item.
 
-    The encoder reads ``[user] c1 c2 ... c1 c2 ... end``, oldest item first, the decoder writes ``c1 c2 ...``. Code
-    ``c`` of level ``l`` is the token ``3 + l * codebook_size + c``; ``num_user_tokens`` more stand for the users. With
-    four levels of 256 codes and no user tokens there are 1,027 tokens and 4.6 M parameters.
+    The encoder reads ``[user] c1 c2 ... c1 c2 ... end``, oldest item first; the decoder generates ``c1 c2 ...``. Code
+    ``c`` of level ``l`` is the token ``3 + l * codebook_size + c``. The next ``num_user_tokens`` tokens stand for the
+    users. With four levels of 256 codes and no user tokens there are 1,027 tokens and 4.6 M parameters.
 
-    Training takes one target a row of the batch. Where a row has several (``samples: sequence``) one of them is drawn
-    in each epoch, and its history is what came before it.
+    Training uses one target per row of a batch. If a row has several (``samples: sequence``), each epoch draws one of
+    them, and its history ends before it.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         semantic_ids: path of the codes of all items, as :meth:`SemanticIds.read` reads them.
         hidden_size: width d.
-        num_layers: layers of the encoder, and as many of the decoder.
-        num_heads: heads of the attention.
+        num_layers: number of layers of the encoder, and of the decoder.
+        num_heads: number of attention heads.
         head_size: width of a head.
         feedforward_size: inner width of the feed-forward.
-        dropout: of embeddings, attention and feed-forward.
-        num_user_tokens: users share so many tokens, by the remainder of their number in the data; 0 for none. The paper
-            has 2,000 and hashes, which does not depend on the order of the users.
-        attention: implementation in transformers; on a CPU ``"eager"`` trains faster and decodes slower.
-        num_beams: beams of the search.
+        dropout: dropout of embeddings, attention and feed-forward.
+        num_user_tokens: number of user tokens; a user has the token of its number in the data modulo this. 0 for none.
+            The paper has 2,000 and takes a hash, which does not depend on the order of the users.
+        attention: attention implementation in transformers; on a CPU ``"eager"`` trains faster and decodes slower.
+        num_beams: number of beams.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
     Raises:
-        FileNotFoundError: if there are no such codes.
-        ValueError: if they are of another catalogue, or a size is below 1; with user tokens, if a batch does not say
-            whose its histories are.
+        FileNotFoundError: if there is no file ``semantic_ids``.
+        ValueError: if the codes are of another catalogue, or a size is below 1; with user tokens, if a batch has no
+            ``user``.
     """
 
     code_tokens: Tensor
@@ -112,11 +112,11 @@ class TIGER(MuonMixin, GenerativeRecommender):
         return loss
 
     def written(self, codes: Tensor) -> Tensor:
-        """Tokens of codes (..., l), the first l of an item."""
+        """Tokens of codes (..., l), which are the first l codes of items."""
         return self.code_tokens[torch.arange(codes.shape[-1], device=codes.device), codes]
 
     def encoder_tokens(self, batch: Batch) -> Tensor:
-        """What the encoder reads for the histories (B, T) of a batch: (B, S), padded on the right."""
+        """Input tokens of the encoder for the histories (B, T) of a batch: (B, S), padded on the right."""
         history = batch["history"]
         real = history != PADDING
         items = self.written(self.codes[history]).masked_fill(~real[:, :, None], PAD_TOKEN).flatten(1)
@@ -125,7 +125,7 @@ class TIGER(MuonMixin, GenerativeRecommender):
         if not self.num_user_tokens:
             return tokens
         if "user" not in batch:
-            raise ValueError("The batch has no `user`, and this model has user tokens: it needs to know whose it is.")
+            raise ValueError("The batch has no `user`, but this model has user tokens: add the numbers of the users.")
         return torch.cat([self.first_user_token + batch["user"][:, None] % self.num_user_tokens, tokens], dim=1)
 
     def next_code_scorer(self, batch: Batch) -> NextLogProbs:
@@ -136,23 +136,23 @@ class TIGER(MuonMixin, GenerativeRecommender):
         def next_log_probs(prefixes: Tensor) -> Tensor:
             begun = nn.functional.pad(self.written(prefixes), (1, 0), value=START_TOKEN)
             states = decode_beams(self.t5, begun, encoded, real)[:, :, -1]
-            states = states * self.t5.model_dim**-0.5  # as T5 does where its head is tied to the embedding
+            states = states * self.t5.model_dim**-0.5  # as T5 does if its head is tied to the embedding
             return token_log_probs(states, self.t5.lm_head.weight, None, self.code_tokens[prefixes.shape[2]])
 
         return next_log_probs
 
 
 def decode_beams(t5: T5ForConditionalGeneration, tokens: Tensor, encoded: Tensor, real: Tensor) -> Tensor:
-    """States (B, K, l, d) of the decoder for K beams a user, each of which sees the user and its own tokens.
+    """Decoder states (B, K, l, d) of K beams per user; each beam sees the user's history and its own tokens.
 
-    The beams of a user are positions of one row, kept apart by the mask, so that the keys and values of the encoder's
-    states are computed once a user and not once a beam.
+    The beams of a user are positions of one row, separated by the mask. So the keys and values of the encoder's states
+    are computed once per user, not once per beam.
 
     Args:
         t5: the model.
-        tokens: (B, K, l) what the beams have written, from the start token on.
+        tokens: (B, K, l) tokens of the beams, from the start token on.
         encoded: (B, S, d) states of the encoder.
-        real: (B, S) where they are no padding.
+        real: (B, S) bool, False at the padding.
     """
     _, beams, length = tokens.shape
     decoder = t5.decoder
@@ -160,7 +160,7 @@ def decode_beams(t5: T5ForConditionalGeneration, tokens: Tensor, encoded: Tensor
     place = torch.arange(beams * length, device=tokens.device)
     own = (place[:, None] // length == place // length) & (place[:, None] >= place)
     self_mask, cross_mask = _additive(own[None, None], x.dtype), _additive(real[:, None, None], x.dtype)
-    # Distances count within a beam.
+    # The distances are those within a beam.
     bias = decoder.block[0].layer[0].SelfAttention.compute_bias(length, length, device=x.device)
     bias, cross_bias = bias.to(x.dtype).repeat(1, 1, beams, beams), None
     for block in decoder.block:
@@ -169,5 +169,5 @@ def decode_beams(t5: T5ForConditionalGeneration, tokens: Tensor, encoded: Tensor
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to attention scores: 0 where ``allowed``, the lowest number of the type elsewhere."""
+    """A mask to add to attention scores: 0 where ``allowed``, the lowest value of ``dtype`` elsewhere."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

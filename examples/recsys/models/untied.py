@@ -1,4 +1,4 @@
-"""What GRU4Rec and Caser share: the item embedding, an output layer of its own, and the choice of the loss."""
+"""Base class of GRU4Rec and Caser: an item embedding, a separate output layer, and the choice of the loss."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ _LOSSES = {"bce": binary_cross_entropy_loss, "sampled_softmax": sampled_softmax_
 
 
 class UntiedRecommender(MuonMixin, NextItemRecommender):
-    """A recommender whose output layer is a linear map with bias, apart from the item embedding.
+    """A recommender whose output layer is a linear map with bias, not tied to the item embedding.
 
-    A subclass makes states of ``self.embedding``, which has a row of zeros for the padding, and adds the layer
-    ``self.head`` that takes them.
+    A subclass computes states from ``self.embedding``, whose row for the padding is zero, and adds the output layer
+    ``self.head``.
 
     Args:
         num_items: size of the catalogue; ids are 1..num_items, 0 is padding.
         max_length: longest history.
         hidden_size: width d of the item embedding, drawn from N(0, 0.01^2).
         loss: ``"bce"``: binary cross-entropy with negatives drawn for each target. ``"sampled_softmax"``: softmax over
-            the target and negatives shared by the batch. ``"softmax"``: over all items.
-        num_negatives: uniform negatives of the first two; None for 1 with ``"bce"`` and 1,024 with
-            ``"sampled_softmax"``.
+            the target and negatives shared by the batch. ``"softmax"``: softmax over all items.
+        num_negatives: number of uniform negatives; None for 1 with ``"bce"`` and 1,024 with ``"sampled_softmax"``.
         mask_history: whether validation leaves the items of the history out of the ranking.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
     Raises:
-        ValueError: if a size is below 1, the loss is unknown, or ``num_negatives`` does not go with it.
+        ValueError: if a size is below 1, the loss is unknown, or ``num_negatives`` is given with ``"softmax"``.
     """
 
     head: nn.Linear
@@ -75,8 +74,8 @@ def _choose_loss(name: LossName, num_negatives: int | None) -> Any:
         return _LOSSES[name]
     if name == "softmax":
         raise ValueError(
-            f"num_negatives={num_negatives} has no meaning with loss='softmax', which scores all items: leave it out, "
-            "or choose 'sampled_softmax'."
+            f"num_negatives={num_negatives} has no effect with loss='softmax', which scores all items: leave it out, "
+            "or set loss='sampled_softmax'."
         )
     check_positive(num_negatives=num_negatives)
     return partial(_LOSSES[name], num_negatives=num_negatives)

@@ -3,13 +3,14 @@ r"""Make semantic ids, by configs for how and of what that combine in any order:
     python -m examples.recsys.semantic_ids fit \
         -c configs/semantic_ids/rqvae.yaml -c configs/semantic_ids/features/synthetic.yaml
 
-``fit`` trains an RQ-VAE and writes the codes of its best checkpoint; ``kmeans`` makes them by RQ-k-means of the
-features, with the levels and codebook size of the model, and trains nothing. Which checkpoint is best the monitor of
-``ModelCheckpoint`` decides: with ``val/collisions``, as in the configurations, one that reconstructs worse wins if
-fewer items share their codes, and of several with as many collisions the one that explains most of the variance.
+``fit`` trains an RQ-VAE and writes the codes of its best checkpoint. ``kmeans`` makes codes by RQ-k-means of the
+features, with the levels and codebook size of the model, and trains nothing. The monitor of ``ModelCheckpoint``
+decides which checkpoint is best. With ``val/collisions``, as in the configurations, this is the one with the fewest
+items that share their codes, even if it reconstructs worse. Among equals it is the one that explains most of the
+variance.
 
-A warning tells where the codes that are written explain little of the features: less than half of what RQ-k-means of
-the same features, levels and codebook size explains.
+A warning is given if the written codes explain less than half of the variance that RQ-k-means with the same features,
+levels and codebook size explains.
 """
 
 from collections.abc import Callable
@@ -44,20 +45,20 @@ from lightning_muon.cli import PartitionTrainer
 
 @dataclass
 class CodesFile:
-    """Where codes go, and how items with the same codes are told apart.
+    """The file of the codes, and the method that makes equal codes unique.
 
     Args:
-        path: a CSV file ``item,c1,c2,...``, items from 1; gzipped if it ends in ``.gz``. Missing folders are made.
-        uniqueness: ``digit``: one more level counts items with the same codes; a warning tells where that takes more
-            codes than a level has. ``sinkhorn``: they share out the codes of the last level. ``none``: they keep their
-            codes, and count as hits of each other.
+        path: a CSV file ``item,c1,c2,...``, items from 1; gzipped if it ends in ``.gz``. Missing folders are created.
+        uniqueness: ``digit``: one more level numbers the items with the same codes; a warning is given if that takes
+            more codes than a level has. ``sinkhorn``: items with the same codes get other codes of the last level.
+            ``none``: they keep their codes, and count as hits of each other.
     """
 
     path: str = "semantic_ids/codes.csv"
     uniqueness: Literal["digit", "sinkhorn", "none"] = "digit"
 
     def unique(self, quantization: Quantization) -> Tensor:
-        """Codes (N, levels or one more)."""
+        """Make the codes unique: (N, levels), or one level more."""
         if self.uniqueness == "digit":
             codes = add_collision_digit(quantization.codes)
             _warn_of_large_digits(int(codes[:, -1].max()) + 1, quantization.codebooks.shape[1])
@@ -70,26 +71,26 @@ class CodesFile:
 def _warn_of_large_digits(largest_group: int, codebook_size: int) -> None:
     if largest_group > codebook_size:
         rank_zero_warn(
-            f"{largest_group} items have the same codes, so that the digit needs {largest_group} codes and each level "
-            f"of a recommender's vocabulary grows from {codebook_size} to as many: take features that tell these items "
-            f"apart, more levels or a larger codebook_size (from {largest_group} on, codes.uniqueness=sinkhorn can "
-            "spare the digit)."
+            f"{largest_group} items have the same codes, so the digit needs {largest_group} codes, and each level of a "
+            f"recommender's vocabulary grows from {codebook_size} to as many: use features that tell these items "
+            f"apart, more levels or a larger codebook_size (with {largest_group} or more, codes.uniqueness=sinkhorn "
+            "needs no digit)."
         )
 
 
 class KMeansTrainer(PartitionTrainer):
-    """A Trainer whose method ``kmeans`` is a subcommand. Its result is in ``quantization``."""
+    """A Trainer with the subcommand ``kmeans``, whose result is in ``quantization``."""
 
     quantization: Quantization
 
     def kmeans(self, model: RQVAE, datamodule: ItemFeatures, max_iterations: int = 100, seed: int = 0) -> None:
-        """RQ-k-means of the features, with the levels and codebook size of the model; nothing is trained.
+        """Make codes by RQ-k-means of the features, without training.
 
         Args:
-            model: says how many levels and codes there are.
+            model: gives the number of levels and the codebook size.
             datamodule: the features.
-            max_iterations: of Lloyd's algorithm a level.
-            seed: decides the first centroids.
+            max_iterations: iterations of Lloyd's algorithm per level.
+            seed: seed of the first centroids.
         """
         datamodule.prepare_data()
         features = datamodule.features().to(self.strategy.root_device)
@@ -112,7 +113,7 @@ class SemanticIdsCLI(RunCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of :class:`lightning_muon.MuonCLI`, and ``kmeans``."""
+        """The subcommands of :class:`lightning_muon.MuonCLI`, and ``kmeans``."""
         return {**MuonCLI.subcommands(), "kmeans": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -122,7 +123,7 @@ class SemanticIdsCLI(RunCLI):
     def before_fit(self) -> None:
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and (callback.monitor, callback.mode) == ("val/collisions", "min"):
-                # By itself it would keep the first of several that are equal, which is trained least.
+                # By default it keeps the first of several equal checkpoints, the least trained one.
                 callback.monitor = "val/collisions_and_error"
                 rank_zero_info("Of checkpoints with equal val/collisions the one with the best val/explained is kept.")
 
@@ -160,12 +161,12 @@ class SemanticIdsCLI(RunCLI):
             table.caption += f"; {int((unique[:, -1] > 0).sum())} have a digit above 0"
         rich.get_console().print(table)
         before, after = (report["explained"] for report in reports)
-        if min(before, after) < SHARE_OF_KMEANS:  # else k-means can not explain twice as much
+        if min(before, after) < SHARE_OF_KMEANS:  # otherwise k-means cannot explain twice as much
             _warn_of_poor_codes(file, before, after, kmeans_explained(features, levels, size))
 
 
 def comparison(resolved: str, before: dict[str, float], after: dict[str, float]) -> Table:
-    """A row a figure of :class:`QuantizationQuality`: of the quantizer's codes, and of those that were written."""
+    """A table with one row per value of :class:`QuantizationQuality`, for the quantizer's and the written codes."""
     table = Table("", "quantized", resolved)
     for name, value in after.items():
         text = ".0f" if name == "collisions" else ".4f"
@@ -177,18 +178,18 @@ def comparison(resolved: str, before: dict[str, float], after: dict[str, float])
 def _warn_of_poor_codes(file: CodesFile, before: float, after: float, kmeans: float) -> None:
     if complaint_before := complaint(before, kmeans):
         rank_zero_warn(
-            f"The codes in {file.path} {complaint_before}: train longer or at another rate, take more levels or a "
-            "larger codebook_size, or make codes by the subcommand kmeans."
+            f"The codes in {file.path} {complaint_before}: train longer or with another learning rate, set more levels "
+            "or a larger codebook_size, or make codes by the subcommand kmeans."
         )
     elif complaint_after := complaint(after, kmeans):
         rank_zero_warn(
             f"The codes in {file.path} {complaint_after}. Before codes.uniqueness={file.uniqueness} moved items to "
-            f"other codes they explained {before:.1%}: take codes.uniqueness=digit."
+            f"other codes they explained {before:.1%}: set codes.uniqueness=digit."
         )
 
 
 def shared_rows(features: Tensor) -> int:
-    """How many rows (N, D) equal another: no codes of these features tell them apart."""
+    """Number of rows (N, D) that equal another row; no codes of these features tell such items apart."""
     _, index, counts = features.unique(dim=0, return_inverse=True, return_counts=True)
     return int((counts[index] > 1).sum())
 
@@ -204,7 +205,7 @@ def _label(name: str) -> str:
 
 
 def main(args: ArgsType = None, run: bool = True) -> SemanticIdsCLI:
-    """Run the command line, or ``args`` in its place; without ``run`` they have no subcommand, and nothing is run."""
+    """Run the command line, or ``args`` instead. With ``run=False`` there is no subcommand, and nothing runs."""
     return SemanticIdsCLI(
         RQVAE,
         ItemFeatures,

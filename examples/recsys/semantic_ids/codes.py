@@ -1,4 +1,4 @@
-"""Semantic ids: a short tuple of codes an item, from coarse to fine, read from and written to CSV."""
+"""Semantic ids: one short tuple of codes per item, from coarse to fine, read from and written to CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples.recsys.data.lines import read_lines
 from examples.recsys.files import unfinished
 
 LARGEST_CODE = 65_535
-"""A codebook is meant to be smaller than a catalogue, and tables have its size."""
+"""An upper bound, since tables have the size of a codebook, which should be smaller than the catalogue."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SemanticIds:
         codes: (num_items, levels) int64 from 0 to 65,535; row ``j`` is item ``j + 1``.
 
     Raises:
-        ValueError: if ``codes`` has another shape or type, or a code is outside of 0..65,535.
+        ValueError: if ``codes`` has another shape or type, or a code is outside 0..65,535.
     """
 
     codes: Tensor
@@ -53,28 +53,28 @@ class SemanticIds:
 
     @property
     def codebook_size(self) -> int:
-        """How many codes a level has: one more than the largest of all levels, the same for every level."""
+        """Number of codes per level: one more than the largest code of all levels."""
         return int(self.codes.max()) + 1
 
     def usage(self) -> list[float]:
-        """The share of ``codebook_size`` that occurs, a level."""
+        """Share of the ``codebook_size`` codes that occur, per level."""
         return [len(level.unique()) / self.codebook_size for level in self.codes.T]
 
     def collisions(self) -> int:
-        """How many items share all their codes with another item."""
+        """Number of items that share all their codes with another item."""
         _, index, counts = self.codes.unique(dim=0, return_inverse=True, return_counts=True)
         return int((counts[index] > 1).sum())
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], num_items: int) -> SemanticIds:
-        """Read ``item,c1,c2,...`` with a header from a CSV file, gzipped or not.
+        """Read a CSV file with the header ``item,c1,c2,...``, gzipped or not.
 
-        The file counts the items of the catalogue from 0 or from 1, in any order.
+        Items are numbered from 0 or from 1, in any order.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: naming file and line, if a row is not made of whole numbers or an item comes twice; if items are
-                missing or the file has others.
+            ValueError: with file and line, if a row has other values than integers or an item comes twice; if items of
+                the catalogue are missing or there are others.
         """
         path = existing_file(path)
         rows = _read_rows(path)
@@ -84,7 +84,7 @@ class SemanticIds:
             others = f"lacks {len(missing)} of them, the first being {missing[0]}" if missing else "has others too"
             raise ValueError(
                 f"{path} has the codes of {len(rows)} items, {min(rows)} to {max(rows)}. The catalogue has {num_items} "
-                f"items, and the file {others}: take the codes of this catalogue, numbered from 0 or from 1."
+                f"items, and the file {others}: give the codes of this catalogue, numbered from 0 or from 1."
             )
         try:
             return cls(torch.tensor([rows[item] for item in wanted]))
@@ -92,7 +92,7 @@ class SemanticIds:
             raise ValueError(f"{path}: {error}") from None
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write what :meth:`read` reads, items from 1; whole or not at all. Missing folders are made."""
+        """Write a file for :meth:`read`, items from 1. An error leaves no partial file. Missing folders are created."""
         with unfinished(path) as unfinished_file, unfinished_file.open_text() as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["item", *(f"c{level}" for level in range(1, self.levels + 1))])
@@ -100,10 +100,10 @@ class SemanticIds:
 
 
 def existing_file(path: str | os.PathLike[str]) -> Path:
-    """The path of codes that are there.
+    """Expand the path of a file of codes and check that it exists.
 
     Raises:
-        FileNotFoundError: if they are not.
+        FileNotFoundError: if it does not.
     """
     found = Path(path).expanduser()
     if not found.exists():
@@ -116,7 +116,7 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_rows(path: Path) -> dict[int, list[int]]:
-    """The codes of each item, by its number in the file."""
+    """Read the codes of each item, by its number in the file."""
     rows: dict[int, list[int]] = {}
     reader = csv.reader(read_lines(path))
     header = next(reader, [])
@@ -129,7 +129,7 @@ def _read_rows(path: Path) -> dict[int, list[int]]:
         except ValueError:
             codes = []
         if len(codes) != len(header) - 1:
-            raise ValueError(f"{where}: expected {len(header)} whole numbers, got {','.join(row)[:60]!r}.")
+            raise ValueError(f"{where}: expected {len(header)} integers, got {','.join(row)[:60]!r}.")
         if item in rows:
             raise ValueError(f"{where}: item {item} comes twice.")
         rows[item] = codes

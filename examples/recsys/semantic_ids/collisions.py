@@ -1,4 +1,4 @@
-"""Two ways to tell items with the same codes apart: one more code, or another last one."""
+"""Two ways to make equal codes unique: one more code, or another last code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def add_collision_digit(codes: Tensor) -> Tensor:
-    """One more level that counts items with the same codes, in the order of the items (arXiv 2305.05065).
+    """Add a level that numbers items with the same codes, in the order of the items (arXiv 2305.05065).
 
-    (N, levels) -> (N, levels + 1), all rows different. The digit is 0 for the first item with its codes, so for all
-    that share them with none. As many items as share their codes, as many digits there are: more, maybe, than a level
-    has codes. A recommender's vocabulary has room for that many codes at every level then.
+    (N, levels) -> (N, levels + 1), all rows different. The digit is 0 for the first item with its codes. The largest
+    digit is one less than the number of items with the same codes, which may be more than a level has codes. Then a
+    recommender's vocabulary has that many codes at every level.
 
     Example::
 
@@ -29,25 +29,26 @@ def add_collision_digit(codes: Tensor) -> Tensor:
 def balance_last_level(
     codes: Tensor, distances: Tensor, temperature: float = 0.05, max_iterations: int = 200
 ) -> Tensor:
-    """Give items that share all codes another last one by optimal transport (after LC-Rec, arXiv 2311.09049).
+    """Give items that share all codes another last code by optimal transport (after LC-Rec, arXiv 2311.09049).
 
-    Where items collide, all that agree in the codes before the last share out the last codes anew: each item sends a
-    mass of 1 to the codes, no code takes more than 1, and the plan is that of least cost with an entropic term, from
-    :func:`transport_plan`. From the plan, pairs of item and code are fixed in descending order of mass; neither an item
-    nor a code is fixed twice. LC-Rec asks for the same mass in every code instead, which moves items that are alone.
+    If items collide, all items with the same codes before the last get new last codes. Each item sends a mass of 1 to
+    the codes, and no code receives more than 1. :func:`transport_plan` gives the plan of least cost with an entropic
+    term. Then pairs of item and code are chosen in descending order of mass, each item and each code once. LC-Rec
+    requires the same mass in every code instead, which also moves items that do not collide.
 
     Args:
         codes: (N, levels).
         distances: (N, K) cost of each code of the last level for each item.
-        temperature: of the entropic term, in units of the mean distance in a group; smaller is closer to the plan of
-            least cost, and takes more iterations.
-        max_iterations: of Sinkhorn's algorithm.
+        temperature: weight of the entropic term, in units of the mean distance in a group. A smaller one is closer to
+            the plan of least cost, and takes more iterations.
+        max_iterations: iterations of Sinkhorn's algorithm.
 
     Returns:
         Codes (N, levels), all rows different.
 
     Raises:
-        ValueError: if shapes do not fit, or more items agree in the codes before the last than the last level has.
+        ValueError: if the shapes do not match, or more items have the same codes before the last than the last level
+            has codes.
 
     Example::
 
@@ -66,7 +67,7 @@ def balance_last_level(
             prefix = ", ".join(map(str, codes[items[0], :-1].tolist()))
             raise ValueError(
                 f"{len(items)} items have ({prefix}) as codes before the last, but the last level has only "
-                f"{distances.shape[1]} codes to tell them apart: add a collision digit instead, or take more codes or "
+                f"{distances.shape[1]} codes to tell them apart: add a collision digit instead, or use more codes or "
                 "levels."
             )
         plan = transport_plan(distances[items], temperature, max_iterations)
@@ -77,10 +78,10 @@ def balance_last_level(
 def transport_plan(distances: Tensor, temperature: float, max_iterations: int = 200) -> Tensor:
     """The plan ``P`` of least ``sum P * distances - t * entropy(P)`` whose rows sum to 1 and columns to 1 at most.
 
-    With costs divided by their mean, ``P = diag(u) exp(-distances / temperature) diag(v)``; alternately ``u`` makes the
-    rows sum to 1 and ``v <= 1`` cuts the columns that sum to more, in logarithms.
+    With costs divided by their mean, ``P = diag(u) exp(-distances / temperature) diag(v)``. In turn ``u`` makes the
+    rows sum to 1 and ``v <= 1`` scales down the columns that sum to more, in logarithms.
 
-    (n, K) with n <= K -> (n, K) float64; rows sum to 1 exactly, columns up to what is left after ``max_iterations``.
+    (n, K) with n <= K -> (n, K) float64. Rows sum to 1 exactly, columns up to the error after ``max_iterations``.
     """
     costs = distances.double()
     kernel = -costs / (temperature * costs.mean().clamp(min=torch.finfo(torch.float64).tiny))
@@ -96,7 +97,7 @@ def transport_plan(distances: Tensor, temperature: float, max_iterations: int = 
 
 
 def _groups_that_collide(codes: Tensor) -> list[Tensor]:
-    """The items of each group that agrees in all codes but the last and has two with the same last one."""
+    """The items of each group with equal codes before the last in which two items also have the same last code."""
     _, twins, counts = codes.unique(dim=0, return_inverse=True, return_counts=True)
     prefixes = codes.clone()
     prefixes[:, -1] = 0
@@ -109,7 +110,7 @@ def _groups_that_collide(codes: Tensor) -> list[Tensor]:
 
 
 def _one_to_one(plan: Tensor) -> Tensor:
-    """A code of its own for each row, pairs of more mass first: (n, K) -> (n,)."""
+    """Choose a different code for each row, pairs of largest mass first: (n, K) -> (n,)."""
     plan = plan.clone()
     chosen = torch.empty(len(plan), dtype=torch.long, device=plan.device)
     for _ in range(len(plan)):

@@ -1,4 +1,4 @@
-"""What is known about items as rows of numbers, as LightningDataModules."""
+"""Features of items, one vector per item, as LightningDataModules."""
 
 import json
 import math
@@ -25,14 +25,14 @@ from examples.recsys.data.sampling import evaluation_sampler
 class ItemFeatures(L.LightningDataModule):
     """Features of all items, in batches of rows (B, D).
 
-    Every source is centred, and divided by one number for all features so that their mean variance is 1. So distances
-    keep their proportions, a mean squared error is a share of the variance, and learning rates carry over from source
-    to source. To give each feature the same variance would make the rarest attributes the loudest.
+    Features are centred, and all are divided by the same number so that their mean variance is 1. So distances keep
+    their proportions, a mean squared error is a share of the variance, and learning rates carry over between sources.
+    If each feature had variance 1, the rarest attributes would have the largest values.
 
     Args:
-        batch_size: items a training batch and process.
-        eval_batch_size: items a batch and process elsewhere.
-        num_workers: processes that load batches; the default loads them in the main process.
+        batch_size: items per training batch and process.
+        eval_batch_size: items per batch and process in other loaders.
+        num_workers: number of processes that load batches; 0 loads them in the main process.
     """
 
     def __init__(self, batch_size: int = 1024, eval_batch_size: int = 4096, num_workers: int = 0) -> None:
@@ -44,7 +44,7 @@ class ItemFeatures(L.LightningDataModule):
 
     @abstractmethod
     def load_features(self) -> Tensor:
-        """Features of items 1, 2, ... as the source has them, (num_items, D), from what ``prepare_data`` left."""
+        """Load the raw features of items 1, 2, ..., (num_items, D), after ``prepare_data``."""
 
     @property
     def num_items(self) -> int:
@@ -60,7 +60,7 @@ class ItemFeatures(L.LightningDataModule):
         """Features of items 1, 2, ..., centred and scaled: (num_items, D) float32.
 
         Raises:
-            ValueError: if a feature is not finite, or all items have the same.
+            ValueError: if a feature is not finite, or all items have the same features.
         """
         return self._features
 
@@ -69,13 +69,13 @@ class ItemFeatures(L.LightningDataModule):
         return self._loader(batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of all items, in order; codes are learned for these very items, so none is held out."""
+        """Batches of all items, in order. None is held out, since the codes are for these same items."""
         sampler = evaluation_sampler(_Rows(self._features), self.trainer)
         return self._loader(batch_size=self.eval_batch_size, sampler=sampler)
 
     @cached_property
     def _features(self) -> Tensor:
-        # Validation may be what asks first, and a training step after it could not use tensors of inference mode.
+        # The first call may come from validation, and training cannot use tensors made in inference mode.
         with torch.inference_mode(False):
             return standardize(self.load_features())
 
@@ -92,23 +92,23 @@ class ItemFeatures(L.LightningDataModule):
 class AttributeFeatures(ItemFeatures):
     """Multi-hot vectors from a JSON file ``{"item": [attribute, ...]}``, gzipped or not.
 
-    Without ``source`` items are numbers from 1. With it they are what the data module calls them (``item_names()``), of
-    a file of your own the names in it; items of the file that the data module lacks are left out, and a warning counts
-    them.
+    Without ``source`` items are numbers from 1. With it they are the names in the data module (``item_names()``); with
+    ``Interactions`` these are the names in your file. Items that the data module does not have are left out, and a
+    warning counts them.
 
-    Attributes may be any words or numbers. An item that the file lacks, or that has no attribute, is a zero row before
-    centring; a warning tells how many there are. Items with the same attributes have the same features, and no codes of
-    these tell them apart.
+    Attributes may be any words or numbers. An item without attributes, or not in the file, is a row of zeros before
+    centring; a warning counts these items. Items with the same attributes have the same features, so they get the same
+    codes.
 
     Args:
-        path: the file.
+        path: path of the file.
         num_items: size of the catalogue; None for that of ``source``, or else the largest item of the file.
-        num_components: project to so many principal components; None keeps the multi-hot vectors. On Amazon Beauty 64
-            components hold 78 % of the variance, but items that differ in rare attributes alone become one: RQ-k-means
-            then has 2,070 different tuples and not 2,775, of 3,116 that can be.
-        source: the data module that the recommender is trained on, if the file calls the items by name. What it
-            downloads has to be there.
-        **kwargs: of :class:`ItemFeatures`.
+        num_components: number of principal components to project to; None keeps the multi-hot vectors. On Amazon Beauty
+            64 components hold 78 % of the variance, but items that differ only in rare attributes become the same:
+            RQ-k-means then gives 2,070 different tuples instead of 2,775, of 3,116 possible ones.
+        source: the data module that the recommender is trained on, if the file has names of items. Its downloads must
+            be there.
+        **kwargs: arguments of :class:`ItemFeatures`.
 
     Raises:
         ValueError: if a size is below 1, or ``num_items`` is given beside ``source``.
@@ -136,7 +136,7 @@ class AttributeFeatures(ItemFeatures):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not as described, an item is outside of the catalogue, or there are fewer attributes or
+            ValueError: if it is not as described, an item is outside the catalogue, or there are fewer attributes or
                 items than ``num_components``.
         """
         attributes = _read_attributes(self.path)
@@ -152,11 +152,11 @@ class AttributeFeatures(ItemFeatures):
         return features if self.num_components is None else principal_components(features, self.num_components)
 
     def _by_number(self, attributes: dict[str, list[Any]]) -> list[list[Any]]:
-        """Attributes of items 1, 2, ..., which the file calls so."""
+        """Attributes of items 1, 2, ..., from a file with these numbers."""
         names = [item for item in attributes if not item.isdecimal()]
         if names:
             raise ValueError(
-                f"{self.path} calls items by name, as {names[0]!r}: give the data module that knows the names as "
+                f"{self.path} has names of items, such as {names[0]!r}: give the data module with these names as "
                 "source, or number the items from 1."
             )
         numbered = {int(item): row for item, row in attributes.items()}
@@ -165,18 +165,18 @@ class AttributeFeatures(ItemFeatures):
         if outside:
             raise ValueError(
                 f"{self.path} has item {outside[0]}, which is outside of the catalogue 1..{num_items}: count items "
-                "from 1, or give the data module that calls them so as source."
+                "from 1, or give the data module with these names as source."
             )
         return [numbered.get(item, []) for item in range(1, num_items + 1)]
 
     def _by_name(self, attributes: dict[str, list[Any]], source: SequenceDataModule) -> list[list[Any]]:
-        """Attributes of items 1, 2, ... of a data module, which the file calls by their names in it."""
+        """Attributes of items 1, 2, ... of a data module, from a file with their names in it."""
         names = source.item_names()
         others = len(attributes.keys() - set(names))
         if others == len(attributes):
             raise ValueError(
-                f"{self.path} has attributes of none of the items of {type(source).__name__}: it calls them as "
-                f"{next(iter(attributes))!r}, the data module as {names[0]!r}."
+                f"{self.path} has attributes of none of the items of {type(source).__name__}: it has names such as "
+                f"{next(iter(attributes))!r}, the data module names such as {names[0]!r}."
             )
         if others:
             rank_zero_warn(
@@ -187,14 +187,14 @@ class AttributeFeatures(ItemFeatures):
 
 
 class EmbeddingFile(ItemFeatures):
-    """Features from a file that holds one matrix, whose rows are items 1, 2, ...
+    """Features from a file with one matrix, whose rows are items 1, 2, ...
 
     Args:
         path: a ``.npy`` file, or a ``.pt`` file with one tensor.
-        **kwargs: of :class:`ItemFeatures`.
+        **kwargs: arguments of :class:`ItemFeatures`.
 
     Raises:
-        ValueError: if the name ends otherwise.
+        ValueError: if ``path`` has another suffix.
     """
 
     def __init__(self, path: str, **kwargs: Any) -> None:
@@ -208,7 +208,7 @@ class EmbeddingFile(ItemFeatures):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it holds something else than a matrix of numbers.
+            ValueError: if it does not hold a real matrix.
         """
         _check_exists(self.path)
         try:
@@ -228,14 +228,14 @@ class EmbeddingFile(ItemFeatures):
 class SyntheticFeatures(ItemFeatures):
     """Features of the items of :class:`examples.recsys.data.SyntheticSequences`: place on the ring and rank.
 
-    The cluster's angle on the ring as cosine and sine, and the rank within the cluster from -1/2 to 1/2, times
-    ``rank_weight``. Below 1 the weight makes the first codes tell clusters apart and the last ones ranks.
+    They are cosine and sine of the cluster's angle on the ring, and ``rank_weight`` times the rank within the cluster,
+    scaled to -1/2..1/2. With a weight below 1 the first codes distinguish clusters and the last codes ranks.
 
     Args:
-        num_clusters: as there.
-        items_per_cluster: as there.
-        rank_weight: what the rank counts beside the place on the ring.
-        **kwargs: of :class:`ItemFeatures`.
+        num_clusters: as in :class:`~examples.recsys.data.SyntheticSequences`.
+        items_per_cluster: as in :class:`~examples.recsys.data.SyntheticSequences`.
+        rank_weight: weight of the rank relative to the place on the ring.
+        **kwargs: arguments of :class:`ItemFeatures`.
 
     Raises:
         ValueError: if a size is below 1 or the weight is not positive.
@@ -260,34 +260,34 @@ class SyntheticFeatures(ItemFeatures):
 
 
 def standardize(features: Tensor) -> Tensor:
-    """Centre the columns, and divide all by one number so that their mean variance is 1: (N, D) -> (N, D).
+    """Centre the columns and divide all by the same number, so that their mean variance is 1: (N, D) -> (N, D).
 
     Raises:
         ValueError: if a feature is not finite, or all rows are the same.
     """
     if not bool(features.isfinite().all()):
         row = int((~features.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"The features of item {row + 1} are not all finite: mend the file that they come from.")
+        raise ValueError(f"The features of item {row + 1} are not all finite: fix the file that they come from.")
     centred = features - features.mean(0)
     scale = centred.square().mean().sqrt()
     if scale <= torch.finfo(features.dtype).eps * features.abs().max():
-        raise ValueError(f"All {len(features)} items have the same features: there is nothing to tell them apart by.")
+        raise ValueError(f"All {len(features)} items have the same features: use features that tell them apart.")
     return centred / scale
 
 
 def principal_components(features: Tensor, num_components: int) -> Tensor:
-    """Coordinates on the principal components of most variance: (N, D) -> (N, num_components).
+    """Project to the principal components of largest variance: (N, D) -> (N, num_components).
 
     Raises:
         ValueError: if there are fewer rows or columns than components.
     """
     if num_components > min(features.shape):
         raise ValueError(
-            f"num_components={num_components} is more than {features.shape[0]} items with {features.shape[1]} features "
-            "allow."
+            f"num_components={num_components} is too large for {features.shape[0]} items with {features.shape[1]} "
+            f"features: set {min(features.shape)} or less."
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the algorithm draws at random, and every process has to get the same
+        torch.manual_seed(0)  # the algorithm is random, and all processes need the same result
         left, values, _ = torch.pca_lowrank(features, num_components, niter=4)
     return left * values
 

@@ -1,4 +1,4 @@
-"""RQ-k-means: semantic ids by k-means on features, then on what it left, and so on; nothing is trained by gradient."""
+"""RQ-k-means: semantic ids by k-means on features, then on the residuals, and so on, without gradients."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def residual_kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows by a sum of ``levels`` centroids.
 
-    With ``r_1 = x``, level l runs k-means on all ``r_l``, gives each row the number ``c_l`` of its nearest centroid
-    ``e_l`` and hands ``r_{l+1} = r_l - e_l[c_l]`` on.
+    With ``r_1 = x``, level l runs k-means on all ``r_l``, gives each row the number ``c_l`` of its nearest centroid in
+    ``e_l``, and passes ``r_{l+1} = r_l - e_l[c_l]`` to the next level.
 
     Args:
-        features: (N, D), one row an item; N of ``codebook_size`` or more.
-        levels: how many codes a row gets.
-        codebook_size: centroids a level. Where a level has fewer distinct rows, some are never used.
-        max_iterations: of Lloyd's algorithm a level; it stops earlier where nothing changes any more.
-        seed: decides the first centroids, whatever the global seed is.
+        features: (N, D), one row per item; N must be ``codebook_size`` or more.
+        levels: number of codes per row.
+        codebook_size: centroids per level. If a level has fewer distinct rows, some centroids are never used.
+        max_iterations: iterations of Lloyd's algorithm per level; it stops earlier once nothing changes.
+        seed: seed of the first centroids, independent of the global seed.
 
     Returns:
         Codes (N, levels), int64, and centroids (levels, codebook_size, D), float32.
@@ -35,11 +35,11 @@ def residual_kmeans(
     if features.dim() != 2 or len(features) < codebook_size:
         raise ValueError(
             f"features must be (items, width) with at least codebook_size={codebook_size} items, got "
-            f"{tuple(features.shape)}: choose a smaller codebook."
+            f"{tuple(features.shape)}: set a smaller codebook_size."
         )
     if not bool(features.isfinite().all()):
         row = int((~features.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"The features of item {row + 1} are not finite: mend the file that they come from.")
+        raise ValueError(f"The features of item {row + 1} are not finite: fix the file that they come from.")
     generator = torch.Generator().manual_seed(seed)
     residual = features.float()
     codes, codebooks = [], []
@@ -53,9 +53,9 @@ def residual_kmeans(
 
 
 def spread_centroids(points: Tensor, num_centroids: int, generator: torch.Generator) -> Tensor:
-    """First centroids by k-means++: each is a row drawn by its squared distance to the nearest one so far.
+    """Choose the first centroids by k-means++: rows drawn by their squared distance to the nearest centroid so far.
 
-    (N, D) -> (num_centroids, D). Where all rows are centroids already, the rest repeats some.
+    (N, D) -> (num_centroids, D). Once all rows are centroids, the others repeat some.
     """
     distances = torch.full((len(points),), torch.inf, device=points.device)
     weights = torch.ones(len(points))
@@ -75,11 +75,11 @@ def lloyd(points: Tensor, centroids: Tensor, max_iterations: int) -> tuple[Tenso
 
     Args:
         points: (N, D).
-        centroids: (K, D), where they start.
-        max_iterations: how often they move at most.
+        centroids: (K, D) initial centroids.
+        max_iterations: largest number of iterations.
 
     Returns:
-        Centroids (K, D), and the nearest one of each row, (N,) int64.
+        Centroids (K, D), and the number of the nearest one of each row, (N,) int64.
     """
     nearest, distances = assign(points, centroids)
     for _ in range(max_iterations):

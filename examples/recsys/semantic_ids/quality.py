@@ -1,4 +1,4 @@
-"""How good a quantization is over all items: reconstruction, use of the codebooks, collisions."""
+"""Quality of a quantization over all items: reconstruction, use of the codebooks, collisions."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from examples.recsys.semantic_ids.kmeans import residual_kmeans
 from examples.recsys.semantic_ids.quantization import code_vectors
 
 SHARE_OF_KMEANS = 0.5
-"""Codes that explain less than this share of what RQ-k-means of the same size explains are called poor."""
+"""Codes are poor if they explain less than this share of the variance that RQ-k-means of the same size explains."""
 
 LEAST_EXPLAINED = 0.1
-"""Codes that explain less than this are called poor whatever k-means reaches."""
+"""Codes are also poor if they explain less than this share of the variance."""
 
 
 class QuantizationQuality(Metric):
-    """What items lose as codes, over all batches and processes.
+    """Quality of the codes of items, over all batches and processes.
 
-    ``compute`` returns, as scalars: ``reconstruction``, the mean squared error of a feature; ``explained``, one minus
-    its ratio to the variance of the features; ``use_1``, ``use_2``, ... the share of the codebook that occurs, a level;
-    ``collisions``, how many items share all their codes with another.
+    ``compute`` returns these scalars: ``reconstruction``, the mean squared error of a feature; ``explained``, one minus
+    its ratio to the variance of the features; ``use_1``, ``use_2``, ..., the share of a level's codebook that occurs;
+    ``collisions``, the number of items that share all their codes with another.
 
     Args:
         num_features: width D of the features.
-        codebook_size: codes a level.
-        **kwargs: of ``torchmetrics.Metric``.
+        codebook_size: number of codes per level.
+        **kwargs: arguments of ``torchmetrics.Metric``.
     """
 
     full_state_update = False
@@ -53,7 +53,7 @@ class QuantizationQuality(Metric):
     def update(self, features: Tensor, reconstruction: Tensor, codes: Tensor) -> None:
         """Add items: features and their reconstruction (B, D), codes (B, levels)."""
         features = features.float()  # half precision has too few digits for sums over items
-        # Not in place: a state that was reset in inference mode can not be changed out of it.
+        # Not in place: a state that was reset in inference mode cannot be modified outside it.
         self.count = self.count + len(features)
         self.error = self.error + (reconstruction - features).square().sum()
         self.squares = self.squares + features.square().sum()
@@ -73,19 +73,19 @@ class QuantizationQuality(Metric):
 
 
 def collisions_and_error(quality: Mapping[str, Tensor]) -> Tensor:
-    """One number by which fewer collisions are better, and of as many a larger explained share: scalar float64.
+    """A value to minimize: the number of collisions, and for equal numbers the unexplained share. Scalar float64.
 
-    With e, the share of the variance that is not explained, it is the collisions and e / (1 + e). Float32 would have no
-    digits left for the fraction.
+    It is the number of collisions plus e / (1 + e), where e is the share of the variance that is not explained. Float32
+    would have no digits left for the fraction.
     """
     unexplained = 1 - quality["explained"].cpu().double()
     return quality["collisions"].cpu().double() + 1 - 1 / (1 + unexplained)
 
 
 def kmeans_explained(features: Tensor, levels: int, codebook_size: int, max_items: int = 1 << 13) -> float:
-    """The share of the variance that RQ-k-means explains, in 5 iterations a level, of at most so many items.
+    """The share of the variance that RQ-k-means explains after 5 iterations per level, on at most ``max_items`` items.
 
-    A yardstick that takes seconds, and is within a few percent of what all items and iterations give.
+    It takes seconds, and is within a few percent of the value with all items and iterations.
     """
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(features), generator=generator)[:max_items]
@@ -96,17 +96,17 @@ def kmeans_explained(features: Tensor, levels: int, codebook_size: int, max_item
 
 
 def complaint(explained: float, kmeans: float) -> str | None:
-    """What is wrong with codes that explain too little, beside what RQ-k-means explains; None if they do not.
+    """Say why codes are poor, given the shares of the variance that they and RQ-k-means explain; None if they are not.
 
-    An RQ-VAE that was trained explains most of what RQ-k-means does (0.90 of it on Amazon Beauty), and one that was
-    hardly trained less than half (0.46 after 5 of 60 epochs there). Where both explain next to nothing, the features
-    are too many and too different for as many codes.
+    A trained RQ-VAE explains most of what RQ-k-means explains (0.90 of it on Amazon Beauty). An RQ-VAE after little
+    training explains less than half (0.46 after 5 of 60 epochs there). If both explain almost nothing, the features are
+    too many and too different for this number of codes.
     """
     if explained < SHARE_OF_KMEANS * kmeans:
         return (
             f"explain {explained:.1%} of the variance of the features, less than half of the {kmeans:.1%} that "
-            "RQ-k-means of as many levels and codes explains, so that items with like codes need not be alike"
+            "RQ-k-means with the same levels and codebook size explains, so items with similar codes may not be similar"
         )
     if explained < LEAST_EXPLAINED:
-        return f"explain {explained:.1%} of the variance of the features, so that they say next to nothing of an item"
+        return f"explain {explained:.1%} of the variance of the features, so they say almost nothing about an item"
     return None

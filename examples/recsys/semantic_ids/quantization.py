@@ -1,4 +1,4 @@
-"""What a residual quantizer made of vectors."""
+"""The result of a residual quantizer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 14
-"""Rows whose distances to all code vectors are held at once."""
+"""Number of rows whose distances to all code vectors are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Vectors and the codes that stand for them, with the codebooks that the codes point into.
+    """Vectors, their codes, and the codebooks.
 
     Args:
-        vectors: (N, d) what was quantized; row j is item j + 1.
+        vectors: (N, d) quantized vectors; row j is item j + 1.
         codes: (N, levels) int64.
         codebooks: (levels, codebook_size, d).
     """
@@ -26,11 +26,11 @@ class Quantization:
     codebooks: Tensor
 
     def sums(self, codes: Tensor | None = None) -> Tensor:
-        """What codes (N, levels) stand for, the items' own if None: the sum of their code vectors, (N, d)."""
+        """Sums (N, d) of the code vectors of codes (N, levels); None for the codes of the items."""
         return code_vectors(self.codebooks, self.codes if codes is None else codes).sum(0)
 
     def last_level_distances(self) -> Tensor:
-        """Squared distance of what the levels before the last leave to each code vector of the last.
+        """Squared distances of the residuals before the last level to each code vector of the last level.
 
         (N, codebook_size).
         """

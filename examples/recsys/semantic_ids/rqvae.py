@@ -1,4 +1,4 @@
-"""RQ-VAE: semantic ids from a trained residual quantizer (arXiv 2107.03312; of items, arXiv 2305.05065)."""
+"""RQ-VAE: semantic ids from a trained residual quantizer (arXiv 2107.03312; for items, arXiv 2305.05065)."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from lightning_muon import MuonMixin, ParameterRule
 
 
 class Losses(NamedTuple):
-    """Terms of the loss, each a mean over the items of a batch, and what else came of the batch."""
+    """Terms of the loss, each a mean over the items of a batch, and the decoded features and codes of the batch."""
 
     reconstruction: Tensor
     codebook: Tensor
@@ -26,40 +26,41 @@ class Losses(NamedTuple):
 
 
 class RQVAE(MuonMixin, L.LightningModule):
-    """An autoencoder whose narrowest layer is a sum of code vectors, one a level.
+    """An autoencoder with a sum of code vectors, one per level, as its bottleneck.
 
-    The encoder makes ``z`` of an item's features. With ``r_1 = z``, level l takes the nearest vector of its
-    codebook and hands on what is left; the decoder sees the sum::
+    The encoder maps an item's features to ``z``. With ``r_1 = z``, level l subtracts the nearest vector of its
+    codebook and passes on the residual. The decoder gets the sum::
 
         c_l = argmin_c |r_l - e_l[c]|^2        r_{l+1} = r_l - sg(e_l[c_l])        q = sum_l e_l[c_l]
 
-    The loss of an item, where ``sg`` marks what gets no gradient and beta is ``commitment``, is ::
+    The loss of an item, where ``sg`` stops the gradient and beta is ``commitment``, is ::
 
         |x - decoder(z + sg(q - z))|^2  +  sum_l (|sg(r_l) - e_l[c_l]|^2 + beta |r_l - sg(e_l[c_l])|^2)
 
-    The decoder's gradient goes straight through the codes to the encoder, and a code vector learns at its own level
-    alone. Codebooks are parameters, for the other optimizer; all maps of encoder and decoder are matrices, the last one
-    too: features are no classes.
+    The decoder's gradient goes to the encoder by the straight-through estimator, and a code vector gets gradients from
+    its own level only. Codebooks are parameters of the other optimizer. All linear maps of encoder and decoder are
+    matrices. This includes the last one, since features are not classes.
 
-    Before the first step RQ-k-means of what the encoder makes of the first batch sets the codebooks. Codes that no item
-    took in an epoch get new vectors at the start of the next: what is left, at their level, of items drawn by the
-    square of what their codes leave. Both go by the batches of all processes, which keep the same codebooks.
+    Before the first step RQ-k-means of the encoded first batch sets the codebooks. Codes without items in an epoch get
+    new vectors at the start of the next epoch. These are the residuals at their level of random items, drawn with
+    probability proportional to the squared error of their codes. Both use the batches of all processes, which keep the
+    same codebooks.
 
-    Encoder and decoder compute in the type of their weights, and codes are found in float32: autocast makes no
-    difference to these small nets, so that an item has the same codes within a training run and after it.
+    Encoder and decoder compute in the type of their weights, and codes are found in float32. Autocast has no effect on
+    these small networks, so an item has the same codes during training and after it.
 
-    Logs the first term over D as ``train/reconstruction``, the last without beta as ``train/commitment``; and of all
-    items ``val/commitment`` and what :class:`QuantizationQuality` computes, as ``val/reconstruction``, ``val/use_1``,
-    ``val/collisions``, ... Callbacks can also monitor ``val/collisions_and_error``, whose fraction tells which weights
-    with as many collisions explain more.
+    Training logs the first term divided by D as ``train/reconstruction``, and the last without beta as
+    ``train/commitment``. Validation logs ``val/commitment`` and the values of :class:`QuantizationQuality` over all
+    items: ``val/reconstruction``, ``val/use_1``, ``val/collisions``, ... Callbacks can also monitor
+    ``val/collisions_and_error``, see :func:`collisions_and_error`.
 
     Args:
         num_features: width D of the features.
-        levels: codes an item gets.
-        codebook_size: code vectors a level; the first batch needs as many items.
+        levels: number of codes per item.
+        codebook_size: code vectors per level; the first batch needs at least this number of items.
         code_width: width of a code vector.
-        hidden_sizes: widths between D and ``code_width`` in the encoder; the decoder mirrors them.
-        commitment: weight beta of what draws the encoder to the codes.
+        hidden_sizes: widths between D and ``code_width`` in the encoder; the decoder has them in reverse.
+        commitment: weight beta of the term that pulls the encoder to the codes.
         **kwargs: optimizers, schedule and rules of :class:`lightning_muon.MuonMixin`.
 
     Raises:
@@ -89,8 +90,8 @@ class RQVAE(MuonMixin, L.LightningModule):
         self.commitment = commitment
         self.encoder = _perceptron(num_features, *hidden_sizes, code_width)
         self.decoder = _perceptron(code_width, *reversed(hidden_sizes), num_features)
-        # The library's losses weigh both sides of the commitment alike, and its straight-through sum has the gradient
-        # of as many encoders as there are levels: it finds the codes, and the loss is made here.
+        # The library only finds the codes. Its losses give both sides of the commitment the same weight, and its
+        # straight-through sum multiplies the encoder's gradient by the number of levels, so the loss is computed here.
         self.quantizer = ResidualVQ(
             dim=code_width,
             num_quantizers=levels,
@@ -122,11 +123,11 @@ class RQVAE(MuonMixin, L.LightningModule):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """What codes stand for: (N, levels) -> (N, D) float32."""
+        """Decode codes to features: (N, levels) -> (N, D) float32."""
         return _run(self.decoder, code_vectors(self.codebooks, codes).sum(0))
 
     def losses(self, features: Tensor) -> Losses:
-        """The three terms of the loss of features (B, D), beta not counted in."""
+        """The three terms of the loss of features (B, D), without beta."""
         z = _run(self.encoder, features)
         codes = self._nearest(z)
         vectors = code_vectors(self.codebooks, codes)
@@ -168,13 +169,13 @@ class RQVAE(MuonMixin, L.LightningModule):
         quality = self.quality.compute()
         for name, value in quality.items():
             self.log(f"val/{name}", value, prog_bar=name == "collisions")
-        # Not logged: that would make it float32.
+        # Not by self.log, which would convert it to float32.
         self.trainer.callback_metrics["val/collisions_and_error"] = collisions_and_error(quality)
         self.quality.reset()
 
     @torch.no_grad()
     def _nearest(self, z: Tensor) -> Tensor:
-        """Codes of what the encoder makes of items: (B, code_width) float32 -> (B, levels) int64."""
+        """Codes of encoded items: (B, code_width) float32 -> (B, levels) int64."""
         with torch.autocast(z.device.type, enabled=False):
             codes: Tensor = self.quantizer(z)[1]
         return codes
@@ -208,12 +209,12 @@ class RQVAE(MuonMixin, L.LightningModule):
 
     @torch.no_grad()
     def _encode_all(self, batch: Tensor) -> Tensor:
-        """What the encoder makes of the batches of all processes: (B, D) -> (processes * B, code_width)."""
+        """Encode the batches of all processes: (B, D) -> (processes * B, code_width)."""
         return self.all_gather(_run(self.encoder, batch)).flatten(0, -2)
 
     @torch.no_grad()
     def _set_codebooks(self, codebooks: Tensor) -> None:
-        """Take the codebooks (levels, codebook_size, code_width) of the first process."""
+        """Set the codebooks (levels, codebook_size, code_width) of all processes to those of rank 0."""
         codebooks = self.trainer.strategy.broadcast(codebooks.cpu())
         for layer, vectors in zip(self.quantizer.layers, codebooks, strict=True):
             layer.codebook = vectors
@@ -227,7 +228,7 @@ def _perceptron(*widths: int) -> nn.Sequential:
 
 
 def _run(net: nn.Sequential, inputs: Tensor) -> Tensor:
-    """What a net makes of inputs in the type of its weights, whatever autocast says, as float32."""
+    """Run a network in the type of its weights, without autocast; the output is float32."""
     weight = next(net.parameters())
     with torch.autocast(weight.device.type, enabled=False):
         return net(inputs.to(weight.dtype)).float()

@@ -20,24 +20,24 @@ from examples.recsys.semantic_ids.features import ItemFeatures
 
 
 class TextFeatures(ItemFeatures):
-    """Mean-pooled and normalised embeddings of what a data module tells of its items.
+    """Mean-pooled and normalized embeddings of the titles and descriptions in a data module.
 
-    The text of an item is its title and its description (``item_titles`` and ``item_descriptions``). It is encoded
-    once, on the accelerator at hand, and kept in ``cache_dir`` under a name made from the texts, the name of the
-    encoder and ``max_tokens``: where the weights in a folder change, delete the file.
+    The text of an item is its title and its description (``item_titles`` and ``item_descriptions``). All texts are
+    encoded once, on the available accelerator, and stored in ``cache_dir``. The name of the file depends on the texts,
+    the name of the encoder and ``max_tokens``. If the weights in a folder change, delete the file.
 
-    The mean is over the tokens of a text, as most sentence encoders are trained for. Of a model with a decoder, such as
-    T5, the encoder alone is run. What Sentence-T5 (the encoder of arXiv 2305.05065) does after the mean, a dense layer,
-    is left out, and models that are trained to pool the last token are not served.
+    The mean is over the tokens of a text, as in the training of most sentence encoders. Of a model with a decoder, such
+    as T5, only the encoder runs. Sentence-T5 (the encoder of arXiv 2305.05065) has a dense layer after the mean, which
+    is left out. Models that are trained to pool the last token are not supported.
 
     Args:
         source: the data module that the recommender is trained on.
         encoder: folder or hub name of any encoder that ``transformers.AutoModel`` and ``AutoTokenizer`` load.
-        max_tokens: longer texts are cut.
-        encoder_batch_size: texts the encoder sees at once.
-        cache_dir: where embeddings are kept; None for ``lightning_muon/text_features`` in ``$XDG_CACHE_HOME`` or
+        max_tokens: longer texts are truncated.
+        encoder_batch_size: number of texts per batch of the encoder.
+        cache_dir: folder for the embeddings; None for ``lightning_muon/text_features`` in ``$XDG_CACHE_HOME`` or
             ``~/.cache``.
-        **kwargs: of :class:`ItemFeatures`.
+        **kwargs: arguments of :class:`ItemFeatures`.
 
     Raises:
         ValueError: if a size is below 1.
@@ -71,15 +71,15 @@ class TextFeatures(ItemFeatures):
 
     @property
     def path(self) -> Path:
-        """The file that keeps the embeddings; the texts must be there."""
+        """Path of the stored embeddings; the texts must be available."""
         key = json.dumps([self.encoder, self.max_tokens, self._texts]).encode()
         return self.cache_dir / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
 
     def prepare_data(self) -> None:
-        """Fetch what the source needs and encode its texts, unless that was done before.
+        """Prepare the source and encode its texts, unless that was done before.
 
         Raises:
-            ValueError: if the source knows no titles.
+            ValueError: if the source has no titles.
         """
         self.source.prepare_data()
         if self.path.exists():
@@ -104,23 +104,23 @@ class TextFeatures(ItemFeatures):
         titles, descriptions = self.source.item_titles(), self.source.item_descriptions()
         if titles == self.source.item_names() and not any(descriptions):
             raise ValueError(
-                f"{type(self.source).__name__} knows no titles of its items: take AttributeFeatures or EmbeddingFile."
+                f"{type(self.source).__name__} has no titles of its items: use AttributeFeatures or EmbeddingFile."
             )
         return [" ".join(filter(None, pair)) for pair in zip(titles, descriptions, strict=True)]
 
 
 @torch.inference_mode()
 def encode(texts: list[str], encoder: str, max_tokens: int = 128, batch_size: int = 64) -> Tensor:
-    """Unit vectors (len(texts), width) float32: the mean of the last states of the tokens of a text, normalised.
+    """Encode texts to unit vectors (len(texts), width) float32: the mean over tokens of the last states, normalized.
 
-    Texts of similar length share a batch, so that little is padding.
+    Texts of similar length share a batch, which saves padding.
     """
     transformers = _transformers()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     model = transformers.AutoModel.from_pretrained(encoder).to(device, torch.float32).eval()
     if hasattr(model, "encoder") and hasattr(model, "decoder"):
-        # Not by config.is_encoder_decoder: it is false where an encoder was saved without its decoder.
+        # config.is_encoder_decoder would be false for an encoder that was saved without its decoder.
         model = model.get_encoder()
     order = sorted(range(len(texts)), key=lambda item: len(texts[item]))
     embeddings = torch.empty(len(texts), _width(model.config))
@@ -136,7 +136,7 @@ def encode(texts: list[str], encoder: str, max_tokens: int = 128, batch_size: in
 
 
 def _width(config: Any) -> int:
-    """Width of the encoder's states; some models with a decoder keep settings of the encoder apart."""
+    """Width of the encoder's states; some models with a decoder have a separate configuration of the encoder."""
     return int(getattr(config, "encoder", config).hidden_size)
 
 

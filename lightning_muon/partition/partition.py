@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.table import Table
 
 from lightning_muon.partition.layout import MatrixLayout
 from lightning_muon.partition.left_out import left_out
 from lightning_muon.partition.names import near_names
 from lightning_muon.partition.roles import Group, ParameterAssignment
-from lightning_muon.partition.table import partition_table
+from lightning_muon.partition.table import PartitionTable
 
 LAYOUTS_KEY = "matrix_layouts"
 """Where a checkpoint keeps :meth:`Partition.layouts`."""
@@ -88,9 +87,9 @@ class Partition:
         """
         return left_out(self.assignments)
 
-    def table(self) -> Table:
-        """A Rich table of counts and reasons, one row a pattern of names (``blocks.*.q_proj.weight x12``)."""
-        return partition_table(self.assignments)
+    def table(self) -> PartitionTable:
+        """A table for ``rich.print``: counts and reasons, one row a pattern of names (``blocks.*.q_proj.weight x12``)."""
+        return PartitionTable(self.assignments)
 
 
 def _changed_fields(layout: MatrixLayout) -> dict[str, Any]:

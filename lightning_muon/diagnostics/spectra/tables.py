@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_muon.diagnostics.spectra.measure import QUANTITIES, Measured
-from lightning_muon.partition.table import ParameterName
+from lightning_muon.tables import DottedText
 
 COMPARED = ("spectral_norm", "stable_rank", "effective_rank")
 """Those that tell checkpoints apart."""
@@ -27,7 +27,7 @@ def matrices_table(measured: Measured) -> Table:
         table.add_column(_header(words), justify="right", no_wrap=True)
     for name, spectrum in measured.spectra.items():
         m, n = spectrum.shape
-        table.add_row(ParameterName(name), f"{m} x {n}", *(_number(spectrum.values[key]) for key in QUANTITIES))
+        table.add_row(DottedText(name), f"{m} x {n}", *(_number(spectrum.values[key]) for key in QUANTITIES))
     table.add_section()
     means = (_number(_mean(measured, list(measured.spectra), key)) for key in QUANTITIES)
     table.add_row(f"mean of {len(measured.spectra)}", "", *means)
@@ -45,7 +45,7 @@ def comparison_table(before: Measured, after: Measured, names: Sequence[str]) ->
         columns.append(_changes([*pairs, (_mean(before, names, key), _mean(after, names, key))]))
     *rows, means = zip(*columns, strict=True)
     for name, cells in zip(names, rows, strict=True):
-        table.add_row(ParameterName(name), *cells)
+        table.add_row(DottedText(name), *cells)
     table.add_section()
     table.add_row(f"mean of {len(names)}", *means)
     return table

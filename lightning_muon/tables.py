@@ -1,0 +1,69 @@
+"""What the tables of this package share: names that break at dots, and a console that cuts nothing off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from rich import get_console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.text import Text
+
+WIDTH_OF_FILES = 120
+"""Columns where nothing says how wide the output is, as in a log file, for which Rich would take 80."""
+
+_PIECE = re.compile(r"[^.\s]*[.\s]*")
+
+
+def print_table(table: RenderableType) -> None:
+    """Print on Rich's shared console; in 120 columns at least where that is no terminal and has no width set."""
+    console = get_console()
+    # Set by COLUMNS, by rich.reconfigure(width=...) or in a notebook.
+    width_set = getattr(console, "_width", None) is not None
+    if console.is_terminal or width_set or console.width >= WIDTH_OF_FILES:
+        console.print(table)
+        return
+    console.width = WIDTH_OF_FILES
+    try:
+        console.print(table)
+    finally:
+        console._width = None
+
+
+class DottedText:
+    """Text for a cell of a table: where it is too long for one line it breaks after dots and spaces.
+
+    What is too long between two of them is broken anywhere. Square brackets are no markup.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def lines(self, width: int) -> Iterator[str]:
+        """The text in lines of at most ``width`` characters."""
+        line = ""
+        for piece in _PIECE.findall(self.text):
+            if line and len(line) + len(piece.rstrip()) > width:
+                yield line.rstrip()
+                line = ""
+            line += piece
+            while len(line.rstrip()) > width:
+                yield line[:width]
+                line = line[width:]
+        yield line.rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n".join(self.lines(options.max_width)))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest_piece = max(len(piece.rstrip()) for piece in _PIECE.findall(self.text))
+        return Measurement(min(longest_piece, options.max_width), min(len(self.text), options.max_width))
+
+
+def shortened(name: str, width: int) -> str:
+    """The name in at most ``width`` characters: where it is longer its beginning gives way to an ellipsis."""
+    return name if len(name) <= width else f"…{name[len(name) - max(width, 1) + 1 :]}"

@@ -78,13 +78,14 @@ class MuonMixin(_ModuleMethods):
 
     Example::
 
-        class Net(MuonMixin, L.LightningModule):
-            def __init__(self, width: int = 64, **kwargs):
-                super().__init__(**kwargs)
-                self.save_hyperparameters()
-                self.layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
-
-        Net(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))
+        >>> class Net(MuonMixin, L.LightningModule):
+        ...     def __init__(self, width: int = 64, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.save_hyperparameters()
+        ...         self.layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+        >>> net = Net(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))
+        >>> [entry.name for entry in net.partition() if entry.group == "matrix"]
+        ['layers.0.weight']
     """
 
     # Class-level defaults also serve modules that never call MuonMixin.__init__.

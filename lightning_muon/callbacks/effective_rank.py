@@ -48,7 +48,7 @@ class EffectiveRankMonitor(SpectralMonitor):
 
     Example::
 
-        Trainer(callbacks=[EffectiveRankMonitor(every_n_steps=50, spectrum_every_n_steps=500, normalize=True)])
+        >>> trainer = Trainer(callbacks=[EffectiveRankMonitor(every_n_steps=50, spectrum_every_n_steps=500)])
     """
 
     name = "effective_rank"

@@ -42,7 +42,7 @@ class SpectralNormMonitor(SpectralMonitor):
 
     Example::
 
-        Trainer(callbacks=[SpectralNormMonitor(every_n_steps=50, per_parameter=True)])
+        >>> trainer = Trainer(callbacks=[SpectralNormMonitor(every_n_steps=50, per_parameter=True)])
     """
 
     name = "spectral_norm"

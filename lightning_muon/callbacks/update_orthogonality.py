@@ -49,7 +49,7 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
 
     Example::
 
-        Trainer(callbacks=[UpdateOrthogonalityMonitor(every_n_steps=50)])
+        >>> trainer = Trainer(callbacks=[UpdateOrthogonalityMonitor(every_n_steps=50)])
     """
 
     name = "update_orthogonality"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from glob import escape
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 

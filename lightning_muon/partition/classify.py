@@ -59,9 +59,12 @@ def partition_parameters(module: nn.Module, rules: Sequence[ParameterRule] = ())
 
     Example::
 
-        partition = partition_parameters(model, [ParameterRule(pattern="*.gate.weight", group="other")])
-        print(partition["encoder.layers.0.linear1.weight"].reason)
-        rich.print(partition.table())
+        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 100))
+        >>> partition = partition_parameters(model, [ParameterRule(pattern="2.weight", group="other")])
+        >>> [entry.name for entry in partition if entry.group == "matrix"]
+        ['1.weight']
+        >>> print(partition["3.weight"].role)
+        head
     """
     check_module(module)
     for rule in rules:

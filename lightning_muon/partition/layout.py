@@ -53,9 +53,13 @@ class MatrixLayout:
 
     Example::
 
-        MatrixLayout(split=(64, 64, 64))                        # nn.MultiheadAttention.in_proj_weight, d = 64
-        MatrixLayout(transposed=True, split=(768, 768, 768))    # GPT-2's c_attn
-        MatrixLayout(batch_dims=1, transposed=True, split=(1, 1), repeats=2880)   # GPT-OSS's gate_up_proj
+        >>> MatrixLayout(split=(64, 64, 64)).describe((192, 64))  # in_proj_weight of nn.MultiheadAttention
+        '3 of 64 x 64'
+        >>> MatrixLayout(transposed=True, split=(768, 768, 768)).describe((768, 2304))  # c_attn of GPT-2
+        '3 of 768 x 768'
+        >>> experts = MatrixLayout(batch_dims=1, transposed=True, split=(1, 1), repeats=2880)  # gate_up_proj of GPT-OSS
+        >>> experts.describe((32, 2880, 5760))
+        '64 of 2880 x 2880'
     """
 
     batch_dims: int = 0

@@ -44,7 +44,8 @@ def near_names(name: str, candidates: Collection[str], limit: int = 5, what: str
 
     Example::
 
-        near_names("encoder.wieght", ["encoder.weight", "encoder.bias"])   # "Near names: encoder.weight, encoder.bias."
+        >>> near_names("encoder.wieght", ["encoder.weight", "encoder.bias"])
+        'Near names: encoder.weight, encoder.bias.'
     """
     # Of names alike the last in the alphabet first, as difflib has it: the latest of numbered ones.
     return names_sentence(close_names(name, sorted(candidates, reverse=True)), candidates, limit, what)

@@ -57,9 +57,11 @@ class ParameterRule:
 
     Example::
 
-        ParameterRule(pattern="*.router.weight", group="other")
-        ParameterRule(role="embedding", options={"lr": 3e-3, "weight_decay": 0.0})
-        ParameterRule(module_type="FusedAttention", pattern="*.qkv.weight", split=3)
+        >>> rules = [
+        ...     ParameterRule(pattern="*.router.weight", group="other"),
+        ...     ParameterRule(role="embedding", options={"lr": 3e-3, "weight_decay": 0.0}),
+        ...     ParameterRule(module_type="FusedAttention", pattern="*.qkv.weight", split=3),
+        ... ]
     """
 
     pattern: str | None = None

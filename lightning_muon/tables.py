@@ -34,7 +34,7 @@ def print_table(table: RenderableType) -> None:
 class DottedText:
     """Text for a cell of a table: where it is too long for one line it breaks after dots and spaces.
 
-    What is too long between two of them is broken anywhere. Square brackets are no markup.
+    What is too long between two of them is broken after an underscore, or else anywhere. Square brackets are no markup.
     """
 
     def __init__(self, text: str) -> None:
@@ -52,8 +52,9 @@ class DottedText:
                 line = ""
             line += piece
             while len(line.rstrip()) > width:
-                yield line[:width]
-                line = line[width:]
+                end = line.rfind("_", 1, width) + 1 or width
+                yield line[:end]
+                line = line[end:]
         yield line.rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -53,7 +53,7 @@ def test_broken_matrices_are_named_and_do_not_hide_the_others(tmp_path, capsys, 
 def test_include_shows_other_parameters_too_and_exclude_removes(runs, tmp_path, capsys):
     path = runs / "fused.ckpt"
     shown(capsys, path, "--output", tmp_path, "--include", "*.embed.*", "--include", "*in_proj*", "*.head.*")
-    blocks = [f"layers.attention.in_proj_weight.{index}" for index in range(3)]
+    blocks = [f"layers.attention.in_proj_weight.{block}" for block in "qkv"]
     assert matrices(tmp_path) == ["layers.embed.weight", *blocks, "layers.head.weight"]
     shown(capsys, path, "--output", tmp_path, "--exclude", "*.gru.*", "*.mix.*")
     assert matrices(tmp_path) == [*blocks, "layers.attention.out_proj.weight"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-
 from lightning_muon.partition.layout import MatrixLayout
 from lightning_muon.partition.left_out import left_out
 from lightning_muon.partition.names import near_names
@@ -88,7 +87,7 @@ class Partition:
         return left_out(self.assignments)
 
     def table(self) -> PartitionTable:
-        """A table for ``rich.print``: counts and reasons, one row a pattern of names (``blocks.*.q_proj.weight x12``)."""
+        """A table for ``rich.print``: counts and reasons, a row a pattern of names (``blocks.*.q_proj.weight x12``)."""
         return PartitionTable(self.assignments)
 
 

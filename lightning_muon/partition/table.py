@@ -19,6 +19,7 @@ _SHAPES_SHOWN = 2
 _SHAPE_WIDTH = 18
 _FRAME = 11  # what a table takes besides its cells
 _LEAST_WIDTH = 12
+_ROOM_FOR_WORDS = 32  # of names and reasons together
 _REASON_LINES = 2
 _CLAUSE_END = re.compile(r"[:;,.](?=\s|$)")
 _CLASS_PATH = re.compile(r"\b(?:\w+\.)+(\w+)")
@@ -49,12 +50,12 @@ class PartitionTable:
         shape = min(_widest(row.shape for row in self.rows), _SHAPE_WIDTH)
         fixed = shape + sum(_widest(map(str, column)) for column in zip(*[row[2:4] for row in self.rows], strict=True))
         room = max(options.max_width - _FRAME - fixed, 2 * _LEAST_WIDTH)
-        reasons, notes = [row.reason for row in self.rows], []
+        reasons, notes = [row.reason for row in self.rows], list[str]()
         wanted = min(_widest(row.name for row in self.rows), 3 * room // 5)
         if any(len(list(DottedText(reason).lines(room - wanted))) > _REASON_LINES for reason in reasons):
-            reasons, notes = _footnotes(reasons)
+            reasons, notes = _footnotes(reasons, with_words=room >= _ROOM_FOR_WORDS)
         word = _widest(word for reason in reasons for word in reason.split())
-        reason_width = min(_widest(reasons), max(room - wanted, 2 * room // 5, word), room - _LEAST_WIDTH)
+        reason_width = min(_widest([*reasons, "reason"]), max(room - wanted, 2 * room // 5, word), room - _LEAST_WIDTH)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("parameters", max_width=room - reason_width)
         table.add_column("shape", max_width=shape)
@@ -100,16 +101,20 @@ def _row(entries: Sequence[ParameterAssignment]) -> Row:
     )
 
 
-def _footnotes(reasons: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The first words of each reason with the number of its footnote, where it says more, and the footnotes."""
+def _footnotes(reasons: Sequence[str], with_words: bool) -> tuple[list[str], list[str]]:
+    """The first words of each reason with the number of its footnote, where it says more, and the footnotes.
+
+    Without words the number alone.
+    """
     short: list[str] = []
     numbers: dict[str, int] = {}
     for reason in reasons:
         words = _CLASS_PATH.sub(r"\1", _CLAUSE_END.split(reason, maxsplit=1)[0])
-        if words + "." == reason:
+        if with_words and words + "." == reason:
             short.append(reason)
-        else:
-            short.append(f"{words} [{numbers.setdefault(reason, len(numbers) + 1)}]")
+            continue
+        number = numbers.setdefault(reason, len(numbers) + 1)
+        short.append(f"{words} [{number}]" if with_words else f"[{number}]")
     return short, list(numbers)
 
 

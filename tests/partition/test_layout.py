@@ -76,9 +76,13 @@ def test_rows_are_fan_out():
             (2, 6, 4),
             [["w.0.gate", "w.0.up", "w.1.gate", "w.1.up"]],
         ),
-        (MatrixLayout(batch_dims=1, split=(4, 2), blocks=("a", "b")), (2, 6, 4), [["w.0.a", "w.1.a"], ["w.0.b", "w.1.b"]]),
+        (
+            MatrixLayout(batch_dims=1, split=(4, 2), blocks=("a", "b")),
+            (2, 6, 4),
+            [["w.0.a", "w.1.a"], ["w.0.b", "w.1.b"]],
+        ),
     ],
-)  # fmt: skip
+)
 def test_names_of_the_matrices(layout, shape, names):
     assert layout.matrix_names("w", shape) == names
     if layout.blocks:  # each is where its name says

@@ -132,7 +132,7 @@ def test_nothing_is_cut_off(kind: type[nn.Module], width: int):
 
 
 def test_reasons_stand_below_where_names_need_the_room():
-    lines = printed(Model(), 80)
+    lines = printed(Model(), 90)
     (row,) = (line for line in lines if "scores.weight" in line)
     number = row.removesuffix("]")[-1]
     assert row.endswith(f"Output head [{number}]")

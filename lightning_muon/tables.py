@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich import get_console
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -17,16 +18,25 @@ _PIECE = re.compile(r"[^.\s]*[.\s]*")
 
 
 def print_table(table: RenderableType) -> None:
-    """Print on Rich's shared console; in 120 columns at least where that is no terminal and has no width set."""
+    """Print on Rich's shared console, as wide as :func:`wide_console` makes it."""
+    with wide_console() as console:
+        console.print(table)
+
+
+@contextmanager
+def wide_console() -> Iterator[Console]:
+    """Rich's shared console; in 120 columns at least where it is no terminal and nothing sets its width.
+
+    COLUMNS, ``rich.reconfigure(width=...)`` and notebooks do.
+    """
     console = get_console()
-    # Set by COLUMNS, by rich.reconfigure(width=...) or in a notebook.
     width_set = getattr(console, "_width", None) is not None
     if console.is_terminal or width_set or console.width >= WIDTH_OF_FILES:
-        console.print(table)
+        yield console
         return
     console.width = WIDTH_OF_FILES
     try:
-        console.print(table)
+        yield console
     finally:
         console._width = None
 
@@ -66,5 +76,17 @@ class DottedText:
 
 
 def shortened(name: str, width: int) -> str:
-    """The name in at most ``width`` characters: where it is longer its beginning gives way to an ellipsis."""
-    return name if len(name) <= width else f"…{name[len(name) - max(width, 1) + 1 :]}"
+    """The name in at most ``width`` characters, with ellipses: its end, and of its beginning the number of the layer.
+
+    ``"encoder.layers.2.self_attn.in_proj_weight.q"`` gets ``"…layers.2.self_attn.in_proj_weight.q"``, or
+    ``"…2…in_proj_weight.q"``, or ``"…weight.q"``.
+    """
+    parts = name.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+    candidates = [
+        name,
+        *(f"…{'.'.join(parts[start:])}" for start in range(1, layer + 1)),
+        *(f"…{parts[layer]}…{'.'.join(parts[start:])}" for start in range(layer + 2, len(parts)) if layer),
+    ]
+    fitting = (candidate for candidate in candidates if len(candidate) <= width)
+    return next(fitting, f"…{name[len(name) - max(width, 1) + 1 :]}")

@@ -34,9 +34,20 @@ def test_long_names_break_after_dots(text: str, lines: list[str]):
     assert [line.rstrip() for line in console.file.getvalue().splitlines()] == lines
 
 
-def test_a_shortened_name_keeps_its_end_and_says_so():
-    assert shortened("blocks.0.attention.query.weight", 14) == "….query.weight"
-    assert shortened("query.weight", 12) == "query.weight"
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (43, "encoder.layers.2.self_attn.in_proj_weight.q"),
+        (42, "…layers.2.self_attn.in_proj_weight.q"),
+        (29, "…2.self_attn.in_proj_weight.q"),
+        (28, "…2…in_proj_weight.q"),
+        (9, "…2…q"),
+        (3, "….q"),
+    ],
+)
+def test_a_shortened_name_keeps_its_end_and_its_layer(width: int, expected: str):
+    assert shortened("encoder.layers.2.self_attn.in_proj_weight.q", width) == expected
+    assert shortened("a_long_name.weight", 10) == "…me.weight"
 
 
 @pytest.mark.parametrize(("columns", "width"), [(None, 100), ("70", 70)])

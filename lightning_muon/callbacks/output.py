@@ -1,4 +1,4 @@
-"""Where the figures and the numbers of a run go when it ends."""
+"""Writes the figures and measurements of a run when it ends."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def show_run(
     loggers: Sequence[Logger],
     directory: Path | None,
 ) -> None:
-    """Give figures to the loggers that show them; without such a one write PNG and CSV files.
+    """Pass figures to the loggers that show figures; without such a logger, write PNG and CSV files.
 
     Each figure takes about a second of a CPU; a line says how long all took.
 
     Args:
-        name: of the CSV file.
-        histories: what was measured, by key; at least one.
-        figures: by key.
-        loggers: the Trainer's.
-        directory: for the files; None for no files.
+        name: name of the CSV file.
+        histories: measurements by key; at least one.
+        figures: figures by key.
+        loggers: loggers of the Trainer.
+        directory: folder for the files; None for no files.
     """
     begin = perf_counter()
     if any(map(shows_figures, loggers)):
@@ -42,7 +42,7 @@ def show_run(
     elif directory is not None:
         save_pngs(figures, directory)
         write_csv(directory / f"{name.replace('/', '_')}.csv", histories)
-        rank_zero_info(f"What was measured of {name} is in {directory}")
+        rank_zero_info(f"The measurements of {name} are in {directory}")
     if figures:
         count = "1 figure" if len(figures) == 1 else f"{len(figures)} figures"
         rank_zero_info(f"{count} of {name} took {perf_counter() - begin:.1f} s; plot=False leaves them out.")

@@ -32,14 +32,26 @@ def test_output_is_a_folder_in_the_current_directory_by_default(runs, tmp_path, 
     assert (tmp_path / "spectra" / "singular_values.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_tables_fit_the_terminal(width, runs, tmp_path, capsys):
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tables_fit_the_terminal(count, width, tmp_path, capsys):
+    """Nothing is cut off, and no row of a deep model with long names takes many lines."""
     rich.reconfigure(width=width)
-    for files in (["net2"], ["net2", "net7"], ["net2", "net7", "net12"]):
-        printed = shown(capsys, *(runs / f"{name}.ckpt" for name in files), "--output", tmp_path / "o")
-        assert "…" not in printed
-        assert "net7.ckpt" in printed or len(files) == 1
-        assert max(len(line) for line in printed.splitlines() if not line.startswith("Wrote")) <= width
+    layers = ("attention.self.query", "attention.output.dense", "intermediate.dense")
+    names = [f"bert.encoder.layer.{index}.{layer}.weight" for index in (0, 11) for layer in layers]
+    files = [tmp_path / f"a_long_name_of_a_model-epoch={epoch}-step=1400.pt" for epoch in range(count)]
+    for file in files:
+        torch.save({name: torch.randn(9, 7) for name in names}, file)
+    printed = shown(capsys, *files, "--output", tmp_path / "o")
+    assert "…" not in printed
+    lines = printed.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("Wrote")) <= width
+    start = next(index for index, line in enumerate(lines) if "───" in line) + 1
+    body = lines[start : next(index for index in range(start, len(lines)) if not lines[index].strip())]
+    texts = names if count < 3 else [file.name for file in files]
+    first_column = "".join(line.split("  ")[0] for line in body).replace(" ", "")
+    assert first_column == "".join(texts)
+    assert len(body) <= 4 * len(texts)
 
 
 def test_broken_matrices_are_named_and_do_not_hide_the_others(tmp_path, capsys, figures):

@@ -76,10 +76,9 @@ def _unknown_argument(problem: Problem, found: re.Match[str], parser: argparse.A
     if names.resolve(problem.owner) in (LightningModule, LightningDataModule):
         return _module_without_class(problem.key, name)
     near = names.did_you_mean(name, names.arguments(problem.owner), list_few=True)
-    if (
-        names.resolve(problem.owner) in problem.kinds and "Did you mean" not in near
-    ):  # perhaps the base class, and no subclass was chosen
-        near += f" An argument of a subclass needs its class before it: --{problem.key} CLASS."
+    # Perhaps the base class, and no subclass was chosen.
+    if names.resolve(problem.owner) in problem.kinds and "Did you mean" not in near:
+        near += f" An argument of a subclass needs its class before it: --{problem.key} CLASS, or a config that has it."
     return f"{_at(problem)}{problem.owner} has no argument {name!r}.{near}"
 
 
@@ -95,6 +94,8 @@ def _module_without_class(key: str, name: str) -> str:
 def _no_class(problem: Problem, found: re.Match[str], parser: argparse.ArgumentParser) -> str:
     name, known = found[1], names.subclasses(problem.kinds)
     near = names.did_you_mean(name, known, list_few=True)
+    if path := names.experimental(name):
+        near = f" Did you mean {path}?"
     own = "" if "Did you mean" in near else " A class of your own is given by its path, as in my_package.MyClass."
     return f"{_at(problem)}No {names.noun(problem.kinds)} {name!r}.{near}{own}"
 

@@ -36,11 +36,14 @@ class EffectiveRankMonitor(SpectralMonitor):
     0.91 r and stable ranks of 0.52 to 0.65 r; those of AdamW 0.2 to 0.75 r, 0.02 to 0.31 r and 0.02 to 0.14 r. Updates
     are measured as in :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
 
-    Keys: ``<quantity>/mean``, ``<quantity>/min``, ``<quantity>/<matrix>``.
+    Keys: ``<quantity>/mean``, ``<quantity>/min``, ``<quantity>/<matrix>``. Ranks are absolute, as in the literature
+    (stable rank: Rudelson and Vershynin, arXiv math/0503442) and in ``lightning-muon spectra``; those that are divided
+    by r have keys of their own, ``<quantity>_over_r``.
 
     Args:
         every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
-        normalize: divide ranks by r, to [0, 1], to compare matrices of different sizes.
+        normalize: divide ranks by r, to [0, 1], to compare matrices of different sizes, and log them as
+            ``stable_rank_over_r`` and so on.
         **kwargs: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
 
     Raises:
@@ -91,11 +94,13 @@ class EffectiveRankMonitor(SpectralMonitor):
                 self.spectra.setdefault(kind, {"first": snapshot})["last"] = snapshot
 
     def figures(self) -> dict[str, Figure]:
-        """Heat maps, and the singular values of each matrix at the first and the last exact measurement."""
+        """Heat maps, and singular values of each matrix at the first and the last exact measurement."""
         drawn = super().figures()
         for kind, snapshots in self.spectra.items():
             labelled = {f"step {snapshot['step']}": snapshot["values"] for snapshot in snapshots.values()}
-            drawn[self.key(f"{kind}_singular_values")] = figures.spectra_plot(labelled, f"Singular values of {kind}s")
+            drawn[self.key(f"{kind}_singular_values")] = figures.spectra_plot(
+                labelled, f"Singular values of the {kind}s"
+            )
         return drawn
 
 
@@ -105,15 +110,16 @@ _DEPTHS = {"stable_rank": Depth.GRAM, "participation_ratio": Depth.GRAM, "effect
 
 
 def _quantity(name: str, kind: Kind, normalize: bool) -> Quantity:
-    label = name.replace("_", " ")
+    words = f"{name.replace('_', ' ')} of the {kind}s"
     return Quantity(
-        name if kind == "weight" else f"update_{name}",
+        ("" if kind == "weight" else "update_") + name + ("_over_r" if normalize else ""),
         kind,
         _DEPTHS[name],
         partial(_rank, name=name, normalize=normalize),
         "min",
         "halved" if kind == "weight" else None,  # updates change from step to step
-        f"{label} / r" if normalize else label,
+        f"{words}, over r = min(m, n)" if normalize else words,
+        relative=kind == "weight",
     )
 
 

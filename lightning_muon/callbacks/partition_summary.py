@@ -14,6 +14,7 @@ from lightning_muon.callbacks.running import partition_of
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule
 from lightning_muon.schedules import ScheduledLR
+from lightning_muon.tables import print_table
 
 
 class PartitionSummary(Callback):
@@ -63,7 +64,7 @@ class PartitionSummary(Callback):
                 f"{type(module).__name__} trains with {escape(names)}. With MuonMixin or UseMuon its partition would "
                 "be:"
             )
-        console.print(partition.table())
+        print_table(partition.table())
         for optimizer in optimizers:
             for line in _describe(optimizer, schedulers):
                 console.print(escape(line))

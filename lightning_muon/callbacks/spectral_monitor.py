@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich import get_console
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_muon.callbacks.arguments import check_count, check_globs, check_multiple
 from lightning_muon.callbacks.clock import Clock
 from lightning_muon.callbacks.notices import warn_of_limits, warn_of_no_matrix, warn_of_nothing
-from lightning_muon.callbacks.output import show_run
+from lightning_muon.callbacks.output import show_run, where_all_values_are
 from lightning_muon.callbacks.running import known_to_optimizers
 from lightning_muon.diagnostics import figures
+from lightning_muon.diagnostics.heat_maps import Map, heat_maps
 from lightning_muon.diagnostics.history import History
 from lightning_muon.diagnostics.matrices import WatchedParameter, evenly_chosen, find_matrices, select
 from lightning_muon.diagnostics.probe import Depth, Kind, MatrixProbe, Measurement, Plan
 from lightning_muon.diagnostics.quantity import Quantity, mean, worst
-from lightning_muon.diagnostics.report import Movement, monitor_table
+from lightning_muon.diagnostics.report import MonitorTable, Movement
 from lightning_muon.partition import ParameterRule
+from lightning_muon.tables import print_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,13 +47,14 @@ class SpectralMonitor(Callback):
     Training does not change: no random numbers are drawn, and nothing happens outside of measured steps. Several
     monitors share one pass: each matrix is gathered and decomposed once a step.
 
-    The matrices of the partition are watched, whatever the optimizer. Fused projections, experts and gates are measured
-    block by block, as ``<parameter>.0``, ``<parameter>.1``, ... Frozen parameters are left out until they are unfrozen.
+    The matrices of the partition are watched, whatever the optimizer. Fused projections, gates and experts are measured
+    block by block: as ``<parameter>.q``, ``<parameter>.k``, ... if it is known which block is what, else as
+    ``<parameter>.0``, ``<parameter>.1``, ... Frozen parameters are left out until they are unfrozen.
 
     Loggers and ``trainer.callback_metrics`` get ``<quantity>/mean`` and the value of the worst matrix,
-    ``<quantity>/max`` or ``/min``; with ``per_parameter`` also ``<quantity>/<matrix>``. At the end of an epoch a table
-    shows changes and warnings. At the end of the fit TensorBoard and W&B get figures; without them PNG and CSV files
-    are written to ``<trainer.log_dir>/spectral``.
+    ``<quantity>/max`` or ``/min``; with ``per_parameter`` also ``<quantity>/<matrix>``. At the end of an epoch a dozen
+    lines show the largest changes and warnings. At the end of the fit TensorBoard and W&B get figures; without them PNG
+    and CSV files are written to ``<trainer.log_dir>/spectral``.
 
     Args:
         every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
@@ -63,8 +65,9 @@ class SpectralMonitor(Callback):
         exclude: globs on the names of parameters to leave out.
         per_parameter: log each matrix, not only aggregates.
         print_table: print a table at the end of an epoch.
-        plot: make figures at the end of the fit; needs matplotlib. With TensorBoard or W&B no file is written. With any
-            other logger, or none, the measurements are written as CSV, with or without ``plot``.
+        plot: make figures at the end of the fit; needs matplotlib and about a second for each. With TensorBoard or W&B
+            no file is written. With any other logger, or none, the measurements are written as CSV, with or without
+            ``plot``.
         parameter_rules: rules of the partition, besides the module's own; they have no effect if a
             :class:`lightning_muon.HybridOptimizer` of all parameters has its own partition.
         max_spectrum_size: matrices whose smaller side exceeds this are not decomposed.
@@ -234,7 +237,8 @@ class SpectralMonitor(Callback):
             shown = [movement for m in monitors if m.print_table for movement in m.movements()]
             if shown:
                 step = max(movement.step for movement in shown)
-                _print(monitor_table(shown, f"Matrices at step {step} (epoch {trainer.current_epoch})"))
+                whole = where_all_values_are(trainer.loggers, self._directory, any(m.per_parameter for m in monitors))
+                _print(MonitorTable(shown, f"Matrices at step {step} (epoch {trainer.current_epoch})", whole))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer)
@@ -250,17 +254,17 @@ class SpectralMonitor(Callback):
         """Keep data that figures need besides the histories; for subclasses."""
 
     def figures(self) -> dict[str, Figure]:
-        """Draw figures of the measurements, by tag: a heat map of each quantity, matrices by steps."""
-        return {
-            self.key(quantity.key): figures.heat_map(
-                self.histories[quantity.key],
-                self.key(quantity.key),
-                quantity.label,
-                f"{quantity.label}, {quantity.kind}s",
-            )
-            for quantity in self.quantities
-            if len(self.histories.get(quantity.key, ()))
-        }
+        """Draw figures of the measurements, by tag: heat maps of the weights and of the updates, matrices by steps."""
+        drawn: dict[str, Figure] = {}
+        for kind in get_args(Kind):
+            maps = [
+                Map(self.key(q.key), q.label, self.histories[q.key], q.relative)
+                for q in self.quantities
+                if q.kind == kind and len(self.histories.get(q.key, ()))
+            ]
+            if maps:
+                drawn[self.key(f"{self.name}_of_{kind}s")] = heat_maps(maps)
+        return drawn
 
     def movements(self) -> list[Movement]:
         """Return the rows of the table: one per quantity that was measured since the last table."""
@@ -390,5 +394,5 @@ def _monitors(trainer: Trainer) -> list[SpectralMonitor]:
 
 
 @rank_zero_only
-def _print(table: Any) -> None:
-    get_console().print(table)
+def _print(table: MonitorTable) -> None:
+    print_table(table)

@@ -69,8 +69,10 @@ class SpectralNormMonitor(SpectralMonitor):
             prefix=prefix,
         )
         self.rms = rms
-        norm = Quantity("spectral_norm", "weight", Depth.NORM, _norm, "max", "doubled", "spectral norm")
-        scaled = Quantity("rms_operator_norm", "weight", Depth.NORM, _rms_norm, "max", "doubled", "RMS operator norm")
+        words = "spectral norm of the weights"
+        norm = Quantity("spectral_norm", "weight", Depth.NORM, _norm, "max", "doubled", words, relative=True)
+        words = "RMS operator norm of the weights"
+        scaled = Quantity("rms_operator_norm", "weight", Depth.NORM, _rms_norm, "max", "doubled", words)
         self.quantities = [norm, scaled] if rms else [norm]
 
     def settings(self) -> dict[str, Any]:

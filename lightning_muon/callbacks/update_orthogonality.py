@@ -67,7 +67,7 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
                 _orthogonality_error,
                 "max",
                 "doubled",
-                "orthogonality error",
+                "orthogonality error of the updates",
             ),
             Quantity(
                 "update_condition_number",
@@ -76,7 +76,7 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
                 partial(_condition_number, quantile=quantile),
                 "max",
                 None,
-                f"largest singular value / {quantile:g}-quantile",
+                f"condition number of the updates (over the {quantile:g}-quantile)",
             ),
         ]
 

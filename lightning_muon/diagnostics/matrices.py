@@ -35,16 +35,13 @@ class WatchedParameter:
     aliases: tuple[str, ...] = ()
     by_default: bool = True
     matrices: list[list[str]] = field(init=False)
-    """Names of the matrices, a list for each view of the layout: the parameter's own name where it is one matrix,
-    else with ``.0``, ``.1``, ... behind it."""
+    """Names of the matrices, a list for each view of the layout (:meth:`MatrixLayout.matrix_names`)."""
     shapes: dict[str, tuple[int, int]] = field(init=False)
     """(m, n) of each matrix by its name."""
 
     def __post_init__(self) -> None:
         views = self.layout.matrix_shapes(self.parameter.shape)
-        total = sum(count for count, _, _ in views)
-        unused = iter([self.name] if total == 1 else [f"{self.name}.{index}" for index in range(total)])
-        names = [[next(unused) for _ in range(count)] for count, _, _ in views]
+        names = self.layout.matrix_names(self.name, self.parameter.shape)
         shapes = {name: (m, n) for same, (_, m, n) in zip(names, views, strict=True) for name in same}
         object.__setattr__(self, "matrices", names)
         object.__setattr__(self, "shapes", shapes)

@@ -26,7 +26,8 @@ class Quantity:
         measure: from spectra and (m, n) to a value a matrix.
         extreme: which aggregate besides the mean tells of trouble.
         alarm: which change between two tables is worth a warning.
-        label: for axes.
+        label: what it is, in words, for figures: "stable rank of the updates".
+        relative: whether heat maps show its ratio to the first measurement.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Quantity:
     extreme: Extreme
     alarm: Literal["doubled", "halved"] | None
     label: str
+    relative: bool = False
 
 
 def mean(values: Iterable[float]) -> float:

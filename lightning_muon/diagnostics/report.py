@@ -6,14 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from lightning_muon.diagnostics.quantity import Extreme, mean, worst
+from lightning_muon.tables import DottedText, shortened
 
-_ALARMS_SHOWN = 5
+_LINES = 12
+_LEAST_ROWS = 3
+_ALARM_LINES = 4
+_WIDTH_WITH_EXTREMES = 100
 _NOTHING = "-"
 
 
@@ -39,62 +43,117 @@ class Movement(NamedTuple):
     before_step: int | None = None
 
 
-def monitor_table(movements: Sequence[Movement], title: str) -> Table:
-    """One row a quantity: its mean, its extreme, how the mean changed since the last table, and what moved most.
+class MonitorTable:
+    """What moved, for Rich, in a dozen lines: one a quantity, those of the alarms, and one on what is left out.
 
-    Mean and extreme are those that are logged; the row says how many values are not finite. Changes are of finite
-    values of matrices measured both times. Alarms stand under the table.
+    A line tells the mean and how it changed since the last table, the extreme where there is room, and which matrix
+    moved most, and by how much. Mean and extreme are those that are logged; the line says how many values are not
+    finite. Changes are of finite values of matrices measured both times. Where there are more quantities than lines,
+    those are left out that raised no alarm and of which no matrix moved far. Of alarms those are told that take
+    four lines, and the others counted.
+
+    Args:
+        movements: what was measured; at least one.
+        title: above the table.
+        whole: where all values are, a sentence.
     """
-    sentences = alarms(movements)
-    caption = Text("\n".join(f"! {sentence}" for sentence in sentences), style="bold yellow") if sentences else None
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=escape(title),
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        expand=True,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("quantity", no_wrap=True)
-    table.add_column("mean\n(change)", justify="right", no_wrap=True)
-    table.add_column("extreme", overflow="fold", ratio=1)
-    table.add_column("moved most", overflow="fold", ratio=1)
-    for movement in movements:
-        table.add_row(*map(escape, _cells(movement)))
-    return table
+
+    def __init__(self, movements: Sequence[Movement], title: str, whole: str = "") -> None:
+        self.movements = movements
+        self.title = title
+        self.whole = whole
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        warnings = _first_lines(alarms(self.movements), width)
+        room = _LINES - 2 - len(warnings)  # title and header take two lines
+        count = len(self.movements)
+        if count + len(self._left_out(count, width)) > room:
+            count = max(room - len(self._left_out(0, width)), _LEAST_ROWS)
+        shown = self._chosen(count)
+        yield Text(f"\n{shortened(self.title, width)}", style="italic")
+        yield _rows(shown, width)
+        for line in warnings:
+            yield Text(line, style="bold yellow")
+        for line in self._left_out(len(shown), width):
+            yield Text(line, style="dim")
+
+    def _chosen(self, count: int) -> list[Movement]:
+        """So many of the movements, in their order: those with alarms, and then those that moved farthest."""
+
+        def farthest(movement: Movement) -> float:
+            if alarms([movement]):
+                return math.inf
+            return max((abs(math.log(factor)) for factor in _factors(movement).values()), default=0.0)
+
+        order = sorted(range(len(self.movements)), key=lambda index: farthest(self.movements[index]), reverse=True)
+        return [self.movements[index] for index in sorted(order[:count])]
+
+    def _left_out(self, shown: int, width: int) -> list[str]:
+        matrices = len({name for movement in self.movements for name in movement.values})
+        count = len(self.movements)
+        quantities = f"Shown: {shown} of {count} quantities, those that moved most. " if shown < count else ""
+        all_of = f"All {matrices} matrices: " if matrices > 1 else ""
+        whole = f"{all_of}{self.whole}" if self.whole else ""
+        return list(DottedText(f"{quantities}{whole}".strip()).lines(width)) if quantities or whole else []
 
 
 def alarms(movements: Sequence[Movement]) -> list[str]:
-    """A sentence for each matrix whose value is NaN or, alarmingly, infinite, has doubled or has halved; worst first.
+    """A sentence for each matrix whose value is NaN or, alarmingly, infinite, has doubled or has halved.
 
-    At most five a quantity, then one that counts the rest.
+    Quantity by quantity, the worst first.
     """
-    sentences: list[str] = []
-    for movement in movements:
-        found = [*_not_finite(movement), *_moved_too_far(movement)]
-        sentences += found[:_ALARMS_SHOWN]
-        if len(found) > _ALARMS_SHOWN:
-            sentences.append(f"{movement.key}: and {len(found) - _ALARMS_SHOWN} more.")
-    return sentences
+    return [sentence for movement in movements for sentence in (*_not_finite(movement), *_moved_too_far(movement))]
+
+
+def _first_lines(sentences: Sequence[str], width: int) -> list[str]:
+    """The first sentences, in a few lines, and how many more there are."""
+    lines: list[str] = []
+    for told, sentence in enumerate(sentences):
+        more = list(DottedText(f"! {sentence}").lines(width))
+        if lines and len(lines) + len(more) > _ALARM_LINES:
+            return [*lines, f"! and {len(sentences) - told} more"]
+        lines += more
+    return lines
+
+
+def _rows(movements: Sequence[Movement], width: int) -> Table:
+    """One line a quantity; names give way where they are too long for the width."""
+    columns = ["quantity", "mean", "change", "extreme", "most", "of matrix"]
+    rows = [_cells(movement) for movement in movements]
+    if width < _WIDTH_WITH_EXTREMES:
+        columns.pop(3)
+        rows = [[*row[:3], *row[4:]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    widths[0] = min(widths[0], width // 2)
+    widths[-1] = max(min(widths[-1], width - sum(widths[:-1]) - 2 * (len(widths) - 1)), len(columns[-1]))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name, column_width in zip(columns, widths, strict=True):
+        justify: Literal["left", "right"] = "left" if name in (columns[0], columns[-1]) else "right"
+        table.add_column(name, width=column_width, no_wrap=True, justify=justify)
+    for key, *numbers, name in rows:
+        table.add_row(*map(escape, (shortened(key, widths[0]), *numbers, shortened(name, widths[-1]))))
+    return table
 
 
 def _cells(movement: Movement) -> list[str]:
-    values = _finite(movement.values)
-    others = len(movement.values) - len(values)
-    key = f"{movement.key}\n({others} of {len(movement.values)} not finite)" if others else movement.key
+    """Quantity, mean, its change, extreme, how far which matrix moved that moved most."""
     if not movement.values:
-        return [key, *[_NOTHING] * 3]
-    extreme = worst(movement.values, movement.extreme)
+        return [movement.key, *[_NOTHING] * 5]
+    values = _finite(movement.values)
+    extreme = movement.values[worst(movement.values, movement.extreme)]
     before = {name: value for name, value in _finite(movement.before or {}).items() if name in values}
+    change = _percent(mean(values[name] for name in before), mean(before.values())) if before else _NOTHING
     factors = _factors(movement)
     most = max(factors, key=lambda name: abs(math.log(factors[name])), default=None)
-    change = _percent(mean(values[name] for name in before), mean(before.values())) if before else ""
+    others = len(movement.values) - len(values)
     return [
-        key,
-        f"{_number(mean(movement.values.values()))}\n{change}",
-        f"{movement.extreme} {_number(movement.values[extreme])}\n{extreme}",
-        f"{_percent(factors[most], 1.0)}\n{most}" if most else _NOTHING,
+        movement.key,
+        _number(mean(movement.values.values())) + (f" ({others} not finite)" if others else ""),
+        change,
+        f"{movement.extreme} {_number(extreme)}",
+        _percent(factors[most], 1.0) if most else _NOTHING,
+        most or _NOTHING,
     ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,7 +27,7 @@ from lightning_muon.partition.rules import ParameterRule
 from lightning_muon.partition.sites import Site, walk
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-_GATES = {"GRU": 3, "LSTM": 4, "GRUCell": 3, "LSTMCell": 4}
+_GATES = {"GRU": ("r", "z", "n"), "LSTM": ("i", "f", "g", "o")}
 _BIAS = re.compile(r"(^|_)bias(es)?(_|$)")
 _ROUTER = re.compile(r"(^|_)routers?(_|$)", re.IGNORECASE)
 _GATE = re.compile(r"(^|_)(gates?|gating)$", re.IGNORECASE)
@@ -140,13 +141,13 @@ def _layout(site: Site) -> tuple[MatrixLayout | None, str]:
         groups = 1 if _is_depthwise(owner) else owner.groups
         blocks = fused_blocks(site, owner.out_channels, owner.in_channels) if groups == 1 else Blocks()
         several = f", {groups} groups" if groups > 1 else blocks.note and f", {blocks.note}"
-        layout = MatrixLayout(groups=groups, transposed=owner.transposed, split=blocks.split, repeats=blocks.repeats)
+        layout = _fused(blocks, groups=groups, transposed=owner.transposed)
         return layout, f"Filters of {kind}, flattened{several}"
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and site.local.startswith("weight"):
         return _recurrent_layout(site)
     if isinstance(owner, nn.MultiheadAttention) and site.local.endswith("_proj_weight"):
         if site.local == "in_proj_weight":
-            return MatrixLayout(split=(owner.embed_dim,) * 3), f"Input projection of {kind}, q | k | v"
+            return _query_key_value(owner.embed_dim), f"Input projection of {kind}, q | k | v"
         return MatrixLayout(), f"Input projection of {kind}"
     if isinstance(owner, nn.Bilinear) and site.local == "weight":
         return MatrixLayout(batch_dims=1), f"Weight of {kind}, one matrix an output"
@@ -160,10 +161,18 @@ def _layout(site: Site) -> tuple[MatrixLayout | None, str]:
             how = "stored transposed" if applied.transposed else "stored (fan-out, fan-in)"
             return MatrixLayout(transposed=applied.transposed), f"{_listed(site)}, which its code applies, {how}"
     if _is_raw_input_projection(site):
-        return MatrixLayout(split=(shape[1],) * 3), f"Input projection of {kind}, q | k | v"
+        return _query_key_value(shape[1]), f"Input projection of {kind}, q | k | v"
     if len(shape) == 2 and (_is_router(site) or any(name.startswith("lora_") for name in (*site.path, site.local))):
         return MatrixLayout(), f"Factor of a LoRA adapter, {kind}"
     return None, ""
+
+
+def _fused(blocks: Blocks, **fields: Any) -> MatrixLayout:
+    return MatrixLayout(split=blocks.split, repeats=blocks.repeats, blocks=blocks.names, **fields)
+
+
+def _query_key_value(size: int) -> MatrixLayout:
+    return MatrixLayout(split=(size,) * 3, blocks=("q", "k", "v"))
 
 
 def _is_raw_input_projection(site: Site) -> bool:
@@ -184,17 +193,19 @@ def _map_layout(site: Site, stored: StoredMap) -> tuple[MatrixLayout, str]:
     blocks = fused_blocks(site, fan_out, fan_in) if weight else raw_blocks(site.local, owner, fan_out, fan_in)
     name = "Weight" if weight else f"Weight {site.local!r}"
     note = f"{name} of {kind}{transposed}{blocks.note and f', {blocks.note}'}"
-    return MatrixLayout(transposed=stored.transposed, split=blocks.split, repeats=blocks.repeats), note
+    return _fused(blocks, transposed=stored.transposed), note
 
 
 def _recurrent_layout(site: Site) -> tuple[MatrixLayout, str]:
     mode = getattr(site.owner, "mode", type(site.owner).__name__)
-    gates = next((count for name, count in _GATES.items() if name in (mode, *_base_names(site.owner))), 1)
+    kinds = {mode.removesuffix("Cell"), *(name.removesuffix("Cell") for name in _base_names(site.owner))}
+    gates: tuple[str, ...] = next((names for name, names in _GATES.items() if name in kinds), ())
     which = {"ih": "Input", "hh": "Recurrent", "hr": "Output"}.get(site.local.split("_")[1], "Recurrent")
     note = f"{which} weight of {class_name(site.owner)}"
-    if gates == 1 or which == "Output":
+    if not gates or which == "Output":
         return MatrixLayout(), note
-    return MatrixLayout(split=(site.parameter.shape[0] // gates,) * gates), f"{note}, split into {gates} gates"
+    split = (site.parameter.shape[0] // len(gates),) * len(gates)
+    return MatrixLayout(split=split, blocks=gates), f"{note}, split into {len(gates)} gates"
 
 
 def _expert_layout(site: Site) -> tuple[MatrixLayout, str]:
@@ -209,7 +220,7 @@ def _expert_layout(site: Site) -> tuple[MatrixLayout, str]:
         transposed = stored.transposed
     blocks = expert_blocks(site.local, owner, columns if transposed else rows)
     note = {True: ", stored transposed", False: "", None: ", read as (experts, fan-out, fan-in)"}[transposed]
-    layout = MatrixLayout(1, transposed=bool(transposed), split=blocks.split, repeats=blocks.repeats)
+    layout = _fused(blocks, batch_dims=1, transposed=bool(transposed))
     return layout, f"Stacked experts of {kind}{note}{blocks.note and f', {blocks.note}'}"
 
 

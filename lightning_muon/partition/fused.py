@@ -17,6 +17,7 @@ from lightning_muon.partition.code import Fused, evaluate_size, fused_maps
 from lightning_muon.partition.linear import linear_shape
 from lightning_muon.partition.sites import Site
 
+_QKV = ("q", "k", "v")
 _QKV_NAMES = {"c_attn", "att_proj"}
 # qkv, Wqkv, to_qkv, qkv_proj, qkv_linears, qkv_net, in_proj_qkv, img_attn_qkv, to_added_qkv; kv, Wkv, to_kv, kv_net.
 _QKV_WORDS = {"qkv", "wqkv", "qkvs", "kqv"}
@@ -69,14 +70,21 @@ class Blocks(NamedTuple):
     Args:
         split: sizes of the maps along fan-out.
         repeats: how often they recur.
-        note: a phrase for the user.
+        names: names of the maps; empty if they are not known.
+        how: a phrase for the user about how the maps lie, or about what is not known.
         inner: whether the output is certainly a hidden state; heads are split too, e.g. into boxes and classes.
     """
 
     split: tuple[int, ...] = ()
     repeats: int = 1
-    note: str = ""
+    names: tuple[str, ...] = ()
+    how: str = ""
     inner: bool = True
+
+    @property
+    def note(self) -> str:
+        """A phrase for the user: the names, and how they lie."""
+        return " | ".join(self.names) + self.how
 
 
 def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
@@ -95,10 +103,10 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
             if blocks is not None and blocks.repeats * sum(blocks.split) == fan_out:
                 return blocks
     if _gated_in_sequential(site, fan_out) or _gated_beside(site, fan_out):
-        return Blocks((fan_out // 2,) * 2, note="value | gate")
+        return Blocks((fan_out // 2,) * 2, names=("value", "gate"))
     called = (*(name for name, _ in names), *site.path[-2:])
     if any(map(_MAYBE_FUSED.search, called)) and fan_out != fan_in:
-        return Blocks(note=_UNSETTLED)
+        return Blocks(how=_UNSETTLED)
     return Blocks()
 
 
@@ -107,7 +115,7 @@ def raw_blocks(name: str, owner: nn.Module, fan_out: int, fan_in: int) -> Blocks
     blocks = _of_code(name, owner, fan_out, fan_in)
     if blocks is not None:
         return blocks
-    return Blocks(note=_UNSETTLED) if _MAYBE_FUSED.search(name) and fan_out != fan_in else Blocks()
+    return Blocks(how=_UNSETTLED) if _MAYBE_FUSED.search(name) and fan_out != fan_in else Blocks()
 
 
 def expert_blocks(name: str, owner: nn.Module, fan_out: int) -> Blocks:
@@ -116,8 +124,8 @@ def expert_blocks(name: str, owner: nn.Module, fan_out: int) -> Blocks:
         return Blocks()
     interleaved = not getattr(owner, "is_concatenated", type(owner).__name__ != "GptOssExperts")
     if interleaved:
-        return Blocks((1, 1), fan_out // 2, "gate | up, interleaved")
-    return Blocks((fan_out // 2, fan_out // 2), note="gate | up")
+        return Blocks((1, 1), fan_out // 2, ("gate", "up"), ", interleaved")
+    return Blocks((fan_out // 2, fan_out // 2), names=("gate", "up"))
 
 
 def _of_known_class(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
@@ -139,22 +147,22 @@ def _of_known_class(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> 
     if key_dim and value_dim and heads and name in {"qkv", "kv"}:
         # LeViT, EfficientFormer and TinyViT in timm.
         split = (key_dim, key_dim, value_dim)[3 - len(name) :]
-        return Blocks(split, heads, f"{' | '.join(name)} of each of {heads} heads")
+        return Blocks(split, heads, tuple(name), f" of each of {heads} heads")
     if kind == "CodeGenAttention" and name == "qkv_proj":
-        return Blocks((fan_out // 12,) * 3, 4, "q | v | k, four times over")
+        return Blocks((fan_out // 12,) * 3, 4, ("q", "v", "k"), ", four times over")
     if kind in _SHORT_CONV and name == "in_proj":
-        return Blocks((fan_out // 3,) * 3, note="B | C | x")
+        return Blocks((fan_out // 3,) * 3, names=("B", "C", "x"))
     state = _size(parent, "ssm_state_size", "d_state")
     inner = _size(parent, "intermediate_size", "d_inner")
     if kind in _MAMBA_1 and inner and state:
         if name == "in_proj":
-            return Blocks((inner, inner), note="x | z")
+            return Blocks((inner, inner), names=("x", "z"))
         rank = _size(parent, "time_step_rank", "dt_rank")
         if name == "x_proj" and rank:
-            return Blocks((rank, state, state), note="dt | B | C")
+            return Blocks((rank, state, state), names=("dt", "B", "C"))
     if kind in _MAMBA_2 and name == "in_proj" and inner and state and heads:
         shared = _size(parent, "n_groups") * state
-        return Blocks((inner, inner, shared, shared, heads), note="z | x | B | C | dt")
+        return Blocks((inner, inner, shared, shared, heads), names=("z", "x", "B", "C", "dt"))
     return None
 
 
@@ -172,10 +180,10 @@ def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks 
     certain = certain or (fused.dim in {None, 1} and len(set(fused.sizes)) > 1)
     if not certain and (fused.dim is not None or not set(sizes) <= _widths_taken(parent)):
         return None
-    names = {3: "q | k | v", 2: "k | v"} if _QKV_LIKE.search(name) else {}
-    note = names.get(fused.parts, f"{fused.parts} parts, as its code cuts them")
+    names = {3: _QKV, 2: _QKV[1:]}.get(fused.parts, ()) if _QKV_LIKE.search(name) else ()
+    how = "" if names else f"{fused.parts} parts, as its code cuts them"
     by_name = _MAYBE_FUSED.search(name) or _of_common_name(name, parent, fan_out, fan_in)
-    return Blocks(sizes, note=note, inner=not fused.sizes or bool(by_name))
+    return Blocks(sizes, names=names, how=how, inner=not fused.sizes or bool(by_name))
 
 
 def _sizes_of_parts(fused: Fused, parent: nn.Module, fan_out: int) -> tuple[int, ...]:
@@ -224,16 +232,16 @@ def _falcon(parent: nn.Module, fan_out: int, heads: int) -> Blocks | None:
         groups = _size(parent, "num_kv_heads")
         if not groups:
             return None
-        return Blocks((heads // groups * head_dim, head_dim, head_dim), groups, f"q | k | v of each of {groups} groups")
+        return Blocks((heads // groups * head_dim, head_dim, head_dim), groups, _QKV, f" of each of {groups} groups")
     if getattr(parent, "multi_query", False):
-        return Blocks((heads * head_dim, head_dim, head_dim), note="q | k | v")
+        return Blocks((heads * head_dim, head_dim, head_dim), names=_QKV)
     return _per_head(fan_out, heads)
 
 
 def _per_head(fan_out: int, heads: int) -> Blocks | None:
     if not heads or fan_out % (3 * heads):
         return None
-    return Blocks((fan_out // (3 * heads),) * 3, heads, f"q | k | v of each of {heads} heads")
+    return Blocks((fan_out // (3 * heads),) * 3, heads, _QKV, f" of each of {heads} heads")
 
 
 def _per_group(parent: nn.Module, fan_out: int, heads: int) -> Blocks | None:
@@ -242,7 +250,7 @@ def _per_group(parent: nn.Module, fan_out: int, heads: int) -> Blocks | None:
     if not heads or not groups or heads % groups:
         return None
     head_dim = head_dim or fan_out // (heads + 2 * groups)
-    return Blocks((heads // groups * head_dim, head_dim, head_dim), groups, f"q | k | v of each of {groups} groups")
+    return Blocks((heads // groups * head_dim, head_dim, head_dim), groups, _QKV, f" of each of {groups} groups")
 
 
 def _of_common_name(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
@@ -257,13 +265,13 @@ def _of_common_name(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> 
         # A gated unit: the layer beside it takes half of the fused fan-out.
         inner = {getattr(other, "in_features", None) for other in parent.children()}
         if fan_out % 2 == 0 and fan_out // 2 in inner:
-            return Blocks((fan_out // 2,) * 2, note="gate | up")
+            return Blocks((fan_out // 2,) * 2, names=("gate", "up"))
     return None
 
 
 def _queries_keys_values(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
     if name == "c_attn" and fan_out == 2 * fan_in:
-        return Blocks((fan_in,) * 2, note="k | v")
+        return Blocks((fan_in,) * 2, names=_QKV[1:])
     heads = _size(parent, *_HEADS)
     key_heads = 1 if getattr(parent, "multi_query", False) is True else _size(parent, *_KEY_HEADS) or heads
     head_dim = _size(parent, *_HEAD_DIMS) or (heads and fan_in // heads)
@@ -273,8 +281,8 @@ def _queries_keys_values(name: str, parent: nn.Module, fan_out: int, fan_in: int
         sizes.append((heads * head_dim, heads * head_dim, head_dim))
     if key_heads == heads:
         sizes += [(inner,) * 3 for inner in (fan_in, *_widths_taken(parent))]
-    note = "k | q | v" if "kqv" in name else "q | k | v"
-    return next((Blocks(split, note=note) for split in sizes if sum(split) == fan_out), None)
+    names = ("k", "q", "v") if "kqv" in name else _QKV
+    return next((Blocks(split, names=names) for split in sizes if sum(split) == fan_out), None)
 
 
 def _keys_values(parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
@@ -282,7 +290,7 @@ def _keys_values(parent: nn.Module, fan_out: int, fan_in: int) -> Blocks | None:
     head_dim = _size(parent, *_HEAD_DIMS)
     inner = {fan_in, heads * head_dim, _size(parent, *_KEY_HEADS) * head_dim, *_widths_taken(parent)}
     if fan_out % 2 == 0 and fan_out // 2 in inner:
-        return Blocks((fan_out // 2,) * 2, note="k | v")
+        return Blocks((fan_out // 2,) * 2, names=_QKV[1:])
     return None
 
 

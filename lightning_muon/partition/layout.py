@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,8 @@ class MatrixLayout:
             one map.
         repeats: how often the pattern ``split`` recurs along fan-out: 1 for contiguous blocks, the number of heads
             where each head keeps its q, k and v together, fan-out / 2 for interleaved gate and up projections.
+        blocks: what the maps of ``split`` are called, e.g. ``("q", "k", "v")``; empty for numbers. Layouts that differ
+            in nothing else are equal.
 
     Example::
 
@@ -65,9 +67,11 @@ class MatrixLayout:
     transposed: bool = False
     split: tuple[int, ...] = ()
     repeats: int = 1
+    blocks: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "split", tuple(self.split))
+        object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.batch_dims < 0:
             raise ValueError(f"batch_dims must be 0 or more, got {self.batch_dims}.")
         if self.groups < 1 or self.repeats < 1:
@@ -76,6 +80,8 @@ class MatrixLayout:
             raise ValueError(f"Every size in split must be 1 or more, got {self.split}.")
         if self.repeats > 1 and not self.split:
             raise ValueError(f"repeats={self.repeats} needs split: the sizes of the blocks that recur.")
+        if self.blocks and len(set(self.blocks)) != len(self.split):
+            raise ValueError(f"blocks must name each size in split={self.split} differently, got {self.blocks}.")
 
     def views(self, tensor: Tensor) -> list[MatrixView]:
         """Views of ``tensor`` (any strides) that together hold each of its elements once; writing to them writes to it.
@@ -108,6 +114,30 @@ class MatrixLayout:
     def matrix_shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """(B, m, n) of each view of a tensor of this shape."""
         return [view.shape for view in self.views(torch.empty(tuple(shape), device="meta"))]
+
+    def matrix_names(self, name: str, shape: Sequence[int]) -> list[list[str]]:
+        """What the matrices of a parameter of this name and shape are called, a list for each view.
+
+        The parameter's own name where it is one matrix; else with the block's name behind it
+        (``in_proj_weight.q``), after the number of the expert or group where there are several
+        (``gate_up_proj.3.gate``); numbers where the blocks have no names.
+        """
+        counts = [count for count, _, _ in self.matrix_shapes(shape)]
+        if sum(counts) == 1:
+            return [[name]]
+        if len(self.split) < 2 or not self.blocks:
+            ends = iter(range(sum(counts)))
+            return [[f"{name}.{next(ends)}" for _ in range(count)] for count in counts]
+        views = [[block] for block in self.blocks] if len(counts) > 1 else [list(self.blocks)]
+        several = sum(counts) > len(self.blocks)
+        return [
+            [
+                f"{name}.{index}.{block}" if several else f"{name}.{block}"
+                for index in range(count // len(view))
+                for block in view
+            ]
+            for view, count in zip(views, counts, strict=True)
+        ]
 
     def read(self, tensor: Tensor) -> list[Tensor]:
         """The matrices of ``tensor``: one (B, m, n) tensor per view, copied if strides require it."""

@@ -161,7 +161,8 @@ def _layout(layout: MatrixLayout, change: Change, shape: Sequence[int]) -> Matri
     elif change.split is not None:
         split = tuple(change.split)
     groups = layout.groups if batch_dims == layout.batch_dims and transposed == layout.transposed else 1
-    return MatrixLayout(batch_dims, groups, transposed, split, repeats)
+    blocks = layout.blocks if (split, repeats) == (layout.split, layout.repeats) else ()
+    return MatrixLayout(batch_dims, groups, transposed, split, repeats, blocks)
 
 
 def _check_layouts_used(entries: Sequence[ParameterAssignment], changes: Sequence[Change]) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from lightning_muon.partition.layout import MatrixLayout
 from lightning_muon.partition.left_out import left_out
 from lightning_muon.partition.names import near_names
 from lightning_muon.partition.roles import Group, ParameterAssignment
-from lightning_muon.partition.table import partition_table
+from lightning_muon.partition.table import PartitionTable
 
 LAYOUTS_KEY = "matrix_layouts"
 """Key of :meth:`Partition.layouts` in a checkpoint."""
@@ -88,9 +86,9 @@ class Partition:
         """
         return left_out(self.assignments)
 
-    def table(self) -> Table:
-        """Return a Rich table of counts and reasons, one row per pattern of names (``blocks.*.q_proj.weight x12``)."""
-        return partition_table(self.assignments)
+    def table(self) -> PartitionTable:
+        """Return a table for ``rich.print``: one row per pattern of names (``blocks.*.q_proj.weight x12``)."""
+        return PartitionTable(self.assignments)
 
 
 def _changed_fields(layout: MatrixLayout) -> dict[str, Any]:

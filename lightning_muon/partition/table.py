@@ -3,86 +3,123 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from lightning_muon.partition.names import INDEX
 from lightning_muon.partition.roles import ParameterAssignment
+from lightning_muon.tables import DottedText
 
 _SHAPES_SHOWN = 2
-_PIECE = re.compile(r"[^.\s]*[.\s]*")
+_SHAPE_WIDTH = 18
+_FRAME = 11  # what a table takes besides its cells
+_LEAST_WIDTH = 12
+_ROOM_FOR_WORDS = 32  # of names and reasons together
+_REASON_LINES = 2
+_CLAUSE_END = re.compile(r"[:;,.](?=\s|$)")
+_CLASS_PATH = re.compile(r"\b(?:\w+\.)+(\w+)")
 
 
-def partition_table(partition: Sequence[ParameterAssignment]) -> Table:
-    """One row for all parameters whose names differ only by indices and that are treated alike.
+class PartitionTable:
+    """The partition for Rich: one row for all parameters whose names differ only by indices and that are treated alike.
 
     ``"blocks.*.attn.in_proj_weight x12"`` stands for twelve parameters, and ``"192 x 64 as 3 of 64 x 64"`` for how each
-    is read as matrices. Vectors, of which models have many, share a row where the reason is the same. The caption
-    counts matrices and elements in each group.
-    """
-    rows: dict[tuple[str, ...], list[ParameterAssignment]] = {}
-    for entry in partition:
-        pattern = "" if entry.role == "vector" else INDEX.sub("*", entry.name)
-        key = (pattern, entry.role, entry.group_name, entry.reason, str(entry.frozen))
-        rows.setdefault(key, []).append(entry)
-    with_options = any(entry.options for entry in partition)
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(partition), caption_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("parameters", overflow="fold", ratio=6)
-    table.add_column("shape", overflow="fold", ratio=4)
-    table.add_column("role", no_wrap=True)
-    table.add_column("group", overflow="fold", max_width=12)
-    if with_options:
-        table.add_column("options", overflow="fold", max_width=16)
-    table.add_column("reason", overflow="fold", ratio=5)
-    for entries in rows.values():
-        first = entries[0]
-        count = f" x{len(entries)}" if len(entries) > 1 else ""
-        name = ParameterName(_pattern([entry.name for entry in entries]) + count)
-        cells = [_shapes(entries), first.role, _group(first)]
-        if with_options:
-            cells.append("\n".join(f"{key}={value}" for key, value in first.options.items()))
-        style = "dim" if first.frozen else ("bold" if first.group == "matrix" else "")
-        table.add_row(name, *map(escape, [*cells, first.reason]), style=style)
-    return table
+    is read as matrices. Vectors, of which models have many, share a row where the reason is the same. Lines below count
+    matrices and elements in each group. Where the reasons leave the names too little room, the rows have their first
+    words, and the sentences stand below.
 
-
-class ParameterName:
-    """A dotted name for a cell of a table; a name too long for one line breaks after dots and spaces.
-
-    A piece between two dots that is still too long breaks anywhere. Square brackets are not markup.
+    Args:
+        partition: the entries.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
-
-    def lines(self, width: int) -> Iterator[str]:
-        """The name in lines of at most ``width`` characters."""
-        line = ""
-        for piece in _PIECE.findall(self.name):
-            if line and len(line) + len(piece.rstrip()) > width:
-                yield line.rstrip()
-                line = ""
-            line += piece
-            while len(line.rstrip()) > width:
-                yield line[:width]
-                line = line[width:]
-        yield line.rstrip()
+    def __init__(self, partition: Sequence[ParameterAssignment]) -> None:
+        alike: dict[tuple[str, ...], list[ParameterAssignment]] = {}
+        for entry in partition:
+            pattern = "" if entry.role == "vector" else INDEX.sub("*", entry.name)
+            key = (pattern, entry.role, entry.group_name, entry.reason, str(entry.frozen))
+            alike.setdefault(key, []).append(entry)
+        self.rows = [_row(entries) for entries in alike.values()]
+        self.caption = _caption(partition)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text("\n".join(self.lines(options.max_width)))
+        shape = min(_widest(row.shape for row in self.rows), _SHAPE_WIDTH)
+        fixed = shape + sum(_widest(map(str, column)) for column in zip(*[row[2:4] for row in self.rows], strict=True))
+        room = max(options.max_width - _FRAME - fixed, 2 * _LEAST_WIDTH)
+        reasons, notes = [row.reason for row in self.rows], list[str]()
+        wanted = min(_widest(row.name for row in self.rows), 3 * room // 5)
+        if any(len(list(DottedText(reason).lines(room - wanted))) > _REASON_LINES for reason in reasons):
+            reasons, notes = _footnotes(reasons, with_words=room >= _ROOM_FOR_WORDS)
+        word = _widest(word for reason in reasons for word in reason.split())
+        reason_width = min(_widest([*reasons, "reason"]), max(room - wanted, 2 * room // 5, word), room - _LEAST_WIDTH)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("parameters", max_width=room - reason_width)
+        table.add_column("shape", max_width=shape)
+        table.add_column("role", no_wrap=True)
+        table.add_column("group")
+        table.add_column("reason", max_width=reason_width)
+        for row, reason in zip(self.rows, reasons, strict=True):
+            cells = (DottedText(row.name), Text(row.shape), row.role, Text(row.group), DottedText(reason))
+            table.add_row(*cells, style=row.style)
+        yield table
+        for number, note in enumerate(notes, start=1):
+            mark = f"[{number}] "
+            for line in DottedText(note).lines(options.max_width - len(mark)):
+                yield Text(mark + line)
+                mark = " " * len(mark)
+        if notes:
+            yield Text()
+        yield Text(self.caption)
 
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        longest_piece = max(len(piece.rstrip()) for piece in _PIECE.findall(self.name))
-        return Measurement(min(longest_piece, options.max_width), min(len(self.name), options.max_width))
+
+class Row(NamedTuple):
+    """What stands in a row, and how."""
+
+    name: str
+    shape: str
+    role: str
+    group: str
+    reason: str
+    style: str
+
+
+def _row(entries: Sequence[ParameterAssignment]) -> Row:
+    first = entries[0]
+    count = f" x{len(entries)}" if len(entries) > 1 else ""
+    options = "".join(f"\n{key}={value}" for key, value in first.options.items())
+    return Row(
+        _pattern([entry.name for entry in entries]) + count,
+        _shapes(entries),
+        first.role,
+        _group(first) + options,
+        first.reason,
+        "dim" if first.frozen else ("bold" if first.group == "matrix" else ""),
+    )
+
+
+def _footnotes(reasons: Sequence[str], with_words: bool) -> tuple[list[str], list[str]]:
+    """The first words of each reason with the number of its footnote, where it says more, and the footnotes.
+
+    Without words the number alone.
+    """
+    short: list[str] = []
+    numbers: dict[str, int] = {}
+    for reason in reasons:
+        words = _CLASS_PATH.sub(r"\1", _CLAUSE_END.split(reason, maxsplit=1)[0])
+        if with_words and words + "." == reason:
+            short.append(reason)
+            continue
+        number = numbers.setdefault(reason, len(numbers) + 1)
+        short.append(f"{words} [{number}]" if with_words else f"[{number}]")
+    return short, list(numbers)
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max((len(line) for text in texts for line in text.splitlines()), default=0)
 
 
 def _pattern(names: Sequence[str]) -> str:
@@ -142,7 +179,7 @@ def _caption(partition: Sequence[ParameterAssignment]) -> str:
         sizes = f"{_large(size)} {_noun('element', size)}"
         lines.append(f"frozen: {count} {_noun('parameter', count)}, {sizes}, in no optimizer")
     lines.append(f"param groups: {', '.join(dict.fromkeys(entry.group_name for entry in trainable)) or 'none'}")
-    return escape("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _noun(noun: str, count: int) -> str:

@@ -187,11 +187,25 @@ _BLOCKS: dict[str, list[Callable[[np.ndarray], np.ndarray]]] = {
     "head.weight": [lambda w: w],
 }
 PAIR_MATRICES = ["tall.weight", "wide.weight"]
+_BLOCK_NAMES = {
+    "attention.in_proj_weight": "qkv",
+    "query.qkv.weight": "qkv",
+    "gru.weight_ih_l0": "rzn",
+    "gru.weight_hh_l0": "rzn",
+}
+
+
+def _names(parameter: str) -> list[str]:
+    """What the matrices of a parameter are called."""
+    count = len(_BLOCKS[parameter])
+    return [parameter] if count == 1 else [f"{parameter}.{end}" for end in _BLOCK_NAMES.get(parameter, range(count))]
+
+
 ZOO_MATRICES = [
-    name if len(blocks) == 1 else f"{name}.{index}"
-    for name, blocks in _BLOCKS.items()
-    if name not in ("frozen.weight", "embed.weight", "head.weight")
-    for index in range(len(blocks))
+    name
+    for parameter in _BLOCKS
+    if parameter not in ("frozen.weight", "embed.weight", "head.weight")
+    for name in _names(parameter)
 ]
 
 
@@ -199,9 +213,9 @@ def matrices(tensors: dict[str, Tensor], among: Iterable[str]) -> dict[str, np.n
     """The float64 matrices of named tensors, by matrix name, of those that are asked for."""
     found = {}
     for name, tensor in tensors.items():
-        blocks = _BLOCKS.get(name, [])
-        for index, block in enumerate(blocks):
-            matrix_name = name if len(blocks) == 1 else f"{name}.{index}"
+        if name not in _BLOCKS:
+            continue
+        for matrix_name, block in zip(_names(name), _BLOCKS[name], strict=True):
             if matrix_name in among:
                 found[matrix_name] = block(tensor.detach().double().numpy())
     return found

@@ -140,7 +140,7 @@ def test_figures_reach_tensorboard_behind_a_logger_without_a_folder(tmp_path: Pa
     fit(Plain(), callbacks=[monitor], logger=[Recorder(), boards], max_steps=2)
     events = EventAccumulator(boards.log_dir)
     events.Reload()
-    assert events.Tags()["images"] == ["spectral/spectral_norm"]
+    assert events.Tags()["images"] == ["spectral/spectral_norm_of_weights"]
 
 
 def test_what_can_not_be_shown_does_not_hide_why_a_fit_failed(monkeypatch: pytest.MonkeyPatch) -> None:

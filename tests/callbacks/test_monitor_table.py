@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import rich
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor
@@ -67,6 +68,27 @@ def test_the_table_comes_without_loggers_too(console: io.StringIO) -> None:
         warnings.simplefilter("ignore")
         fit(Net(), callbacks=[SpectralNormMonitor(every_n_steps=1, plot=False)], logger=False, **EPOCHS)
     assert console.getvalue().count("spectral_norm") >= 3
+
+
+@pytest.mark.parametrize(
+    ("logger", "per_parameter", "where"),
+    [
+        (False, False, "spectral/*.csv at the end of the fit."),
+        ("tensorboard", False, "figures at the end of the fit; per_parameter=True logs them."),
+        ("memory", True, "logged to Recorder."),
+    ],
+)
+def test_the_table_says_where_all_values_are(
+    logger: Any, per_parameter: bool, where: str, console: io.StringIO, folder: Path
+) -> None:
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard")
+    loggers = {"tensorboard": TensorBoardLogger(folder), "memory": Recorder(folder)}
+    callback = SpectralNormMonitor(every_n_steps=5, plot=False, per_parameter=per_parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(Net(), callbacks=[callback], logger=loggers.get(logger, False), **EPOCHS)
+    assert mentions(console.getvalue(), "All 2 matrices:", where)
 
 
 def test_the_table_can_be_turned_off(console: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,12 +18,12 @@ from matplotlib.image import imread
 
 from lightning_muon.diagnostics.figures import (
     figures_available,
-    heat_map,
     publish,
     save_pngs,
     shows_figures,
     spectra_plot,
 )
+from lightning_muon.diagnostics.heat_maps import Map, heat_maps
 from lightning_muon.diagnostics.history import History
 
 
@@ -35,7 +35,7 @@ def history(rows: dict[int, dict[str, float]]) -> History:
 
 
 def drawn(rows: dict[int, dict[str, float]]) -> Figure:
-    return heat_map(history(rows), "spectral_norm", "largest singular value", "After 10 steps")
+    return heat_maps([Map("spectral_norm", "spectral norm of the weights", history(rows))])
 
 
 def parts(figure: Figure) -> tuple[Axes, Axes]:
@@ -69,9 +69,9 @@ def test_a_map_has_a_row_per_matrix_and_a_column_per_step():
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first matrix is on top"
     assert axes.get_xticks().tolist() == [4, 9, 14]
     assert axes.get_xlabel() == "optimizer step"
-    assert axes.get_title(loc="left") == "After 10 steps"
     assert "spectral_norm" in [text.get_text() for text in axes.texts]
-    assert bar.get_ylabel().split() == ["largest", "singular", "value"]
+    assert axes.get_title(loc="left") == "spectral norm of the weights"
+    assert bar.get_ylabel() == ""
 
 
 def test_columns_are_centred_at_their_steps():
@@ -93,6 +93,36 @@ def test_missing_and_infinite_values_are_grey_and_the_bar_says_so():
     assert red == green == blue
     assert "grey" in bar.get_ylabel()
     assert (mesh.norm.vmin, mesh.norm.vmax) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_what_hardly_moves_does_not_fill_the_colours(relative: bool):
+    rows = {4: {"a": 2.0, "b": 2.002}, 9: {"a": 2.001, "b": 2.0}}
+    mesh = parts(heat_maps([Map("norm", "norm", history(rows), relative)]))[0].collections[0]
+    colours = mesh.norm(mesh.get_array())
+    assert colours.max() - colours.min() < 0.02
+
+
+def test_weights_are_shown_by_their_ratio_to_the_first_measurement():
+    rows = {4: {"a": 2.0, "b": 10.0, "c": 0.0}, 9: {"a": 4.0, "b": 5.0, "c": 3.0, "late": 7.0}}
+    axes, bar = parts(heat_maps([Map("norm", "norm of the weights", history(rows), relative=True)]))
+    (mesh,) = axes.collections
+    assert mesh.get_array().filled(math.nan)[:2].tolist() == [[1.0, 2.0], [1.0, 0.5]]
+    assert np.ma.getmaskarray(mesh.get_array()).tolist()[2:] == [[True, False], [True, False]]
+    assert mesh.norm(1.0) == pytest.approx(0.5), "what has not moved is white"
+    assert "ratio to the first, at step 4; grey" in bar.get_ylabel()
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["0.5", "0.707", "1", "1.41", "2"]
+
+
+def test_maps_beside_each_other_share_the_names_of_the_rows():
+    first = Map("norm", "norm", history({4: {"a": 1.0, "b": 2.0}, 9: {"a": 1.0, "b": 2.0}}))
+    second = Map("rank", "rank", history({9: {"b": 3.0, "c": 4.0}}))
+    figure = heat_maps([first, second], "title")
+    left, right, *_ = figure.axes
+    assert tick_names(left) == ["a", "b", "c"]
+    assert np.ma.getmaskarray(right.collections[0].get_array()).tolist() == [[True], [False], [False]]
+    assert left.get_ylim() == right.get_ylim()
+    assert figure.get_suptitle() == "title"
 
 
 def test_a_map_without_a_finite_value_can_be_drawn(tmp_path: Path):
@@ -130,19 +160,9 @@ def test_a_very_long_name_keeps_both_ends():
     assert shown.endswith("part.weight")
 
 
-def test_a_bar_label_fits_a_small_map():
-    figure = heat_map(
-        history({4: {"a": 1.0}}), "key", "distance of the update from the nearest orthogonal one", "title"
-    )
-    figure.draw_without_rendering()
-    box = parts(figure)[1].yaxis.label.get_window_extent()
-    assert box.y0 >= 0
-    assert box.y1 <= figure.bbox.y1
-
-
 @pytest.mark.parametrize("rows", [{}, {4: {}}])
 def test_an_empty_history_is_refused(rows: dict[int, dict[str, float]]):
-    with pytest.raises(ValueError, match="'spectral_norm' has no values"):
+    with pytest.raises(ValueError, match="spectral_norm has no values"):
         drawn(rows)
 
 
@@ -165,10 +185,17 @@ def test_a_panel_per_matrix_with_a_line_per_snapshot():
 
 
 def test_panels_share_their_axes():
-    first, *others = panels(spectra_plot({"now": snapshot(4) | {names(4)[3]: torch.tensor([1.0, 1e-3])}}, "t")).values()
+    first, *others = panels(spectra_plot({"now": snapshot(4) | {names(4)[3]: torch.logspace(0, -3, 4)}}, "t")).values()
     assert {axes.get_ylim() for axes in others} == {first.get_ylim()}
     assert first.get_ylim()[0] <= 1e-3
     assert {axes.get_xlim() for axes in others} == {first.get_xlim()}
+
+
+def test_matrices_of_other_sizes_have_an_axis_of_their_own():
+    values = {"x": torch.tensor([1.0, 0.5]), "y": torch.tensor([1.0, 0.5, 1e-3])}
+    x, y = panels(spectra_plot({"now": values}, "t")).values()
+    assert x.get_ylim()[0] == pytest.approx(0.1)
+    assert y.get_ylim()[0] == pytest.approx(1e-3)
 
 
 def test_singular_values_of_rounding_size_do_not_flatten_the_rest():

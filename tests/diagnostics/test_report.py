@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lightning_muon.diagnostics.report import Movement, alarms, monitor_table
+from lightning_muon.diagnostics.report import MonitorTable, Movement, alarms
 
 
 def movement(values: dict[str, float], before: dict[str, float] | None = None, **kwargs: Any) -> Movement:
@@ -17,64 +18,58 @@ def movement(values: dict[str, float], before: dict[str, float] | None = None, *
     return Movement(**{**defaults, "values": values, "before": before, **kwargs})
 
 
-def cells(*movements: Movement) -> list[list[str]]:
-    """The rows of the table."""
-    table = monitor_table(movements, "title")
-    columns = [list(column.cells) for column in table.columns]
-    return [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
-
-
-def printed(*movements: Movement, width: int = 80, **kwargs: Any) -> str:
+def printed(*movements: Movement, width: int = 80, whole: str = "", **kwargs: Any) -> str:
     console = Console(width=width, file=io.StringIO(), **kwargs)
-    console.print(monitor_table(movements, "Matrices after step 149"))
+    console.print(MonitorTable(movements, "Matrices after step 149", whole))
     return console.file.getvalue()
+
+
+def row(values: dict[str, float], before: dict[str, float] | None = None, width: int = 120, **kwargs: Any) -> list[str]:
+    """The cells of a row: mean, change, extreme, how far which matrix moved most."""
+    line = printed(movement(values, before, **kwargs), width=width).splitlines()[3]
+    return re.split(" {2,}", line.strip())[1:]
 
 
 def test_a_row_tells_mean_extreme_and_what_moved_most():
     values = {"a": 1.2, "b": 3.0, "c": 1.8}
     before = {"a": 1.0, "b": 3.0, "c": 2.0}
-    assert cells(movement(values, before)) == [["spectral_norm", "2\n+0.0 %", "max 3\nb", "+20 %\na"]]
+    assert row(values, before) == ["2", "+0.0 %", "max 3", "+20 %", "a"]
+    assert row(values, before, width=80) == ["2", "+0.0 %", "+20 %", "a"]
 
 
 def test_the_smallest_is_told_where_small_is_bad():
-    row = cells(movement({"a": 5.0, "b": 3.0}, key="stable_rank", extreme="min"))[0]
-    assert row[2] == "min 3\nb"
+    assert row({"a": 5.0, "b": 3.0}, key="stable_rank", extreme="min")[2] == "min 3"
 
 
 def test_a_fall_can_move_most():
-    row = cells(movement({"a": 1.5, "b": 0.6}, {"a": 1.0, "b": 1.0}))[0]
-    assert row[3] == "-40 %\nb"
+    assert row({"a": 1.5, "b": 0.6}, {"a": 1.0, "b": 1.0})[3:] == ["-40 %", "b"]
 
 
 def test_the_first_table_has_no_changes():
-    assert cells(movement({"a": 1.0}))[0][1:] == ["1\n", "max 1\na", "-"]
+    assert row({"a": 1.0}) == ["1", "-", "max 1", "-", "-"]
 
 
 def test_the_mean_changes_over_matrices_measured_both_times():
-    row = cells(movement({"a": 1.1, "new": 100.0}, {"a": 1.0, "gone": 50.0}))[0]
-    assert row[1].endswith("+10 %")
+    assert row({"a": 1.1, "new": 100.0}, {"a": 1.0, "gone": 50.0})[1] == "+10 %"
 
 
 def test_a_large_change_is_a_factor():
-    assert cells(movement({"a": 30.0}, {"a": 2.0}))[0][3] == "x 15\na"
+    assert row({"a": 30.0}, {"a": 2.0})[3:] == ["x 15", "a"]
 
 
-def test_infinity_is_no_part_of_the_mean_but_the_extreme():
-    row = cells(movement({"a": 1.0, "c": math.inf, "d": 3.0}, {"a": 1.0, "c": 1.0, "d": 3.0}))[0]
-    assert row == ["spectral_norm\n(1 of 3 not finite)", "2\n+0.0 %", "max inf\nc", "+0.0 %\na"]
-
-
-def test_one_nan_is_seen_in_mean_and_extreme():
-    row = cells(movement({"a": 1.0, "b": math.nan, "d": 3.0}, {"a": 1.0, "b": 1.0, "d": 3.0}))[0]
-    assert row == ["spectral_norm\n(1 of 3 not finite)", "nan\n+0.0 %", "max nan\nb", "+0.0 %\na"]
+@pytest.mark.parametrize(("value", "mean"), [(math.inf, "2"), (math.nan, "nan")])
+def test_what_is_not_finite_is_counted_and_is_the_extreme(value: float, mean: str):
+    """Infinity is no part of the mean."""
+    found = row({"a": 1.0, "b": value, "d": 3.0}, {"a": 1.0, "b": 1.0, "d": 3.0})
+    assert found == [f"{mean} (1 not finite)", "+0.0 %", f"max {value}", "+0.0 %", "a"]
 
 
 def test_a_row_of_nothing():
-    assert cells(movement({}, {"a": 1.0}))[0][1:] == ["-", "-", "-"]
+    assert row({}, {"a": 1.0}) == ["-", "-", "-", "-", "-"]
 
 
 def test_zeros_before_have_no_relative_change():
-    assert cells(movement({"a": 1.0}, {"a": 0.0}))[0][1:] == ["1\n-", "max 1\na", "-"]
+    assert row({"a": 1.0}, {"a": 0.0}) == ["1", "-", "max 1", "-", "-"]
 
 
 def test_doubling_is_an_alarm():
@@ -109,61 +104,66 @@ def test_nan_is_an_alarm_always_and_infinity_where_there_are_any(value: float, a
     assert alarms([movement({"a": value}, {"a": 1.0}, alarm=alarm)]) == expected
 
 
-def test_the_worst_five_of_a_quantity_are_told():
-    values = {f"m{index}": 2.0 + index for index in range(7)} | {"broken": math.nan}
+def test_alarms_of_four_lines_are_told_and_the_rest_counted():
+    values = {f"m{index}": 2.0 + index for index in range(4)} | {"broken": math.nan}
     before = dict.fromkeys(values, 1.0)
-    sentences = alarms([movement(values, before), movement({"a": 2.0}, {"a": 1.0}, key="rms_operator_norm")])
-    assert [sentence.split(" of ")[-1].split(" ")[0] for sentence in sentences[:5]] == [
-        "broken",
-        "m6",
-        "m5",
-        "m4",
-        "m3",
-    ]
-    assert sentences[5] == "spectral_norm: and 3 more."
-    assert sentences[6].startswith("rms_operator_norm of a doubled")
-    assert len(sentences) == 7
+    lines = printed(movement(values, before), movement({"a": 2.0}, {"a": 1.0}, key="rms_operator_norm")).splitlines()
+    told = [line.split(" of ")[-1].split(" ")[0] for line in lines if line.startswith("!")]
+    assert told[:4] == ["broken", "m3", "m2", "m1"]
+    assert "! and 2 more" in [line.strip() for line in lines]
+
+
+NAMES = {
+    "transformer": [f"bert.encoder.layer.{layer}.attention.self.query.weight" for layer in range(12)],
+    "fused": [f"encoder.layers.{layer}.self_attn.in_proj_weight.{block}" for layer in range(4) for block in "qkv"],
+    "recurrent": [f"gru.weight_hh_l0.{gate}" for gate in "rzn"],
+    "experts": [f"model.layers.31.block_sparse_moe.experts.gate_up_proj.{expert}.gate" for expert in range(128)],
+}
+QUANTITIES = [
+    "spectral_norm", "rms_operator_norm", "update_orthogonality_error", "update_condition_number", "stable_rank",
+    "participation_ratio", "effective_rank", "update_stable_rank", "update_participation_ratio",
+    "update_effective_rank",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_keys_and_names_are_readable_at_usual_widths(width: int):
-    name = "blocks.11.attention.query.weight"
-    text = printed(
-        movement({name: 1.0}, {name: 0.9}, key="update_participation_ratio", extreme="min", alarm="halved"),
-        movement({name: 123456.0}, {name: 130000.0}, key="update_orthogonality_error"),
-        width=width,
-    )
-    assert max(map(len, text.splitlines())) <= width
-    assert "update_participation_ratio" in text
-    assert "update_orthogonality_error" in text
-    assert "…" not in text
-    assert sum(name in _unfolded(text, column) for column in ("extreme", "moved most")) == 2
+@pytest.mark.parametrize("factor", [1.1, 3.0])
+@pytest.mark.parametrize("model", NAMES)
+def test_all_monitors_take_a_dozen_lines(model: str, factor: float, width: int):
+    before = dict.fromkeys(NAMES[model], 12.3456)
+    values = {name: value * factor ** (index % 2) for index, (name, value) in enumerate(before.items())}
+    moved = [movement(values, before, key=key, before_step=12345) for key in QUANTITIES]
+    whole = "lightning_logs/version_0/spectral/*.csv at the end of the fit."
+    lines = printed(*moved, width=width, whole=whole).rstrip().splitlines()
+    assert max(map(len, lines)) <= width
+    assert 5 <= sum(bool(line.strip()) for line in lines) <= 12
+    assert any(NAMES[model][1].rpartition(".")[2] in line for line in lines), "the end of a name is not cut"
+    text = " ".join(" ".join(lines).split())
+    assert f"All {len(before)} matrices" in text
+    assert "of 10 quantities" in text
+    assert ("! spectral_norm of" in text) == (factor > 2)
+
+
+def test_quantities_that_moved_most_are_shown_in_their_order():
+    moved = [
+        movement({"a": 1.0 + index / 100}, {"a": 1.0}, key=f"{key}_{index}", alarm=None) for index, key in
+        enumerate(["x"] * 20)
+    ]  # fmt: skip
+    alarm = movement({"a": math.nan}, {"a": 1.0}, key="broken")
+    lines = printed(alarm, *moved[::-1]).splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith(("x", "broken"))]
+    assert shown == ["broken", *(f"x_{index}" for index in range(19, 19 - len(shown) + 1, -1))]
 
 
 def test_markup_in_names_is_shown_as_it_is():
     name = "net[bold].weight"
-    text = printed(movement({name: 4.0}, {name: 1.0}), width=120)
-    assert text.count(name) == 3
-    assert "[title]" in _title("[title]")
+    text = printed(movement({name: 4.0}, {name: 1.0}, key="[red]norm"), width=120)
+    assert text.count(name) == 2
+    assert "[red]norm" in text
 
 
 def test_alarms_stand_under_the_table_and_stand_out():
     text = printed(movement({"a": 4.0}, {"a": 1.0}), force_terminal=True, color_system="truecolor")
-    assert text.splitlines()[-1].startswith("\x1b[1;33m! spectral_norm of a doubled: 1 -> 4")
+    assert text.splitlines()[4].startswith("\x1b[1;33m! spectral_norm of a doubled: 1 -> 4")
     calm = printed(movement({"a": 1.0}, {"a": 1.0}), force_terminal=True, color_system="truecolor")
     assert "\x1b[1;33m" not in calm
-
-
-def _unfolded(text: str, column: str) -> str:
-    """A column's lines as one string."""
-    lines = text.splitlines()
-    header = next(line for line in lines if "moved most" in line)
-    start = header.index(column)
-    end = header.index("moved most") if column == "extreme" else None
-    return "".join(line[start:end].strip() for line in lines)
-
-
-def _title(title: str) -> str:
-    console = Console(width=80, file=io.StringIO())
-    console.print(monitor_table([movement({"a": 1.0})], title))
-    return console.file.getvalue()

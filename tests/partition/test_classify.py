@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_muon.partition import partition_parameters
+from lightning_muon.partition import ParameterRule, partition_parameters
 from tests.partition.expectations import assert_partition
 from tests.partition.modules import Parts, mlp, roles
 
@@ -39,6 +39,43 @@ def test_recurrent_layers():
         *.bias_* x14 vector
         """,
     )
+
+
+def test_blocks_have_the_names_of_the_gates_and_maps():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts = 2
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 12, 8))
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.num_kv_heads = 4, 2
+            self.qkv_proj = nn.Linear(8, 16)
+
+    module = Parts(
+        attention=nn.MultiheadAttention(8, 2),
+        grouped=Attention(),
+        gru=nn.GRU(8, 8),
+        lstm_cell=nn.LSTMCell(8, 8),
+        gated=nn.Sequential(nn.Linear(8, 8), nn.GLU()),
+        experts=Experts(),
+        rnn=nn.RNN(8, 8),
+    )
+    blocks = {entry.name: entry.layout.blocks for entry in partition_parameters(module) if entry.layout is not None}
+    assert {name: "".join(names) for name, names in blocks.items() if names} == {
+        "attention.in_proj_weight": "qkv",
+        "grouped.qkv_proj.weight": "qkv",
+        "gru.weight_ih_l0": "rzn",
+        "gru.weight_hh_l0": "rzn",
+        "lstm_cell.weight_ih": "ifgo",
+        "lstm_cell.weight_hh": "ifgo",
+        "gated.0.weight": "valuegate",
+        "experts.gate_up_proj": "gateup",
+    }
+    numbered = partition_parameters(module, [ParameterRule(pattern="gru.weight_hh_l0", split=[16, 8])])
+    assert numbered["gru.weight_hh_l0"].layout.blocks == ()
 
 
 def test_transformer():

@@ -63,6 +63,39 @@ def test_rows_are_fan_out():
     assert torch.equal(MatrixLayout(split=(1, 1), repeats=4).read(interleaved)[0], torch.stack([q, k]))
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "names"),
+    [
+        (MatrixLayout(), (6, 4), [["w"]]),
+        (MatrixLayout(batch_dims=1), (2, 6, 4), [["w.0", "w.1"]]),
+        (MatrixLayout(split=(3, 2, 1)), (6, 4), [["w.0"], ["w.1"], ["w.2"]]),
+        (MatrixLayout(split=(2, 2, 2), blocks=("q", "k", "v")), (6, 4), [["w.q", "w.k", "w.v"]]),
+        (MatrixLayout(split=(4, 1, 1), blocks=("q", "k", "v")), (6, 4), [["w.q"], ["w.k"], ["w.v"]]),
+        (
+            MatrixLayout(batch_dims=1, split=(1, 1), repeats=3, blocks=("gate", "up")),
+            (2, 6, 4),
+            [["w.0.gate", "w.0.up", "w.1.gate", "w.1.up"]],
+        ),
+        (
+            MatrixLayout(batch_dims=1, split=(4, 2), blocks=("a", "b")),
+            (2, 6, 4),
+            [["w.0.a", "w.1.a"], ["w.0.b", "w.1.b"]],
+        ),
+    ],
+)
+def test_names_of_the_matrices(layout, shape, names):
+    assert layout.matrix_names("w", shape) == names
+    if layout.blocks:  # each is where its name says
+        numbered = torch.arange(sum(layout.split) * layout.repeats) // layout.split[0] % len(layout.split)
+        if len(set(layout.split)) == 1:
+            stack = layout.read(numbered[:, None].expand(*shape).float().clone())[0]
+            assert [layout.blocks[int(matrix[0, 0])] for matrix in stack] == [name.split(".")[-1] for name in names[0]]
+
+
+def test_names_of_blocks_are_no_part_of_what_a_layout_is():
+    assert MatrixLayout(split=(2, 2), blocks=("k", "v")) == MatrixLayout(split=(2, 2))
+
+
 def test_grouped_convolution_reads_the_map_of_each_group():
     layer = torch.nn.Conv1d(4, 6, 1, groups=2, bias=False)
     first, second = MatrixLayout(groups=2).read(layer.weight.detach())[0]
@@ -104,6 +137,7 @@ def test_layouts_that_do_not_fit(layout, shape, message):
         ({"groups": 0}, "groups=0"),
         ({"split": (2, 0)}, "Every size in split"),
         ({"repeats": 2}, "repeats=2 needs split"),
+        ({"split": (2, 2), "blocks": ("q",)}, "blocks must name each size"),
     ],
 )
 def test_layouts_without_sense(fields, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from rich import get_console
 from rich.markup import escape
 from torch import Tensor
 
-from lightning_muon.diagnostics.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
+from lightning_muon.diagnostics.figures import course_plot, figures_available, save_pngs, spectra_plot
+from lightning_muon.diagnostics.heat_maps import Map, heat_maps
 from lightning_muon.diagnostics.history import History
 from lightning_muon.diagnostics.matrices import select
 from lightning_muon.diagnostics.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
@@ -22,6 +24,7 @@ from lightning_muon.diagnostics.spectra.histories import select_histories
 from lightning_muon.diagnostics.spectra.measure import QUANTITIES, Measured, measure, read_matrices
 from lightning_muon.diagnostics.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
 from lightning_muon.partition.names import some_names
+from lightning_muon.tables import wide_console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,6 +100,8 @@ def show_spectra(
         notes.append("--quantities has nothing to choose from: no checkpoint holds what spectral monitors measured.")
     histories = select_histories([one.histories for one in checkpoints], quantities)
     measured = []
+    drawn_paths = [path for path, drawn in zip(paths, histories, strict=True) if drawn]
+    runs = dict(zip(drawn_paths, _runs(drawn_paths), strict=True))
     for checkpoint, label, drawn in zip(checkpoints, _labels(paths), histories, strict=True):
         matrices = read_matrices(parameter for parameter in checkpoint.parameters if parameter in chosen)
         large = [name for name, matrix in matrices.items() if min(matrix.shape) > max_size]
@@ -106,7 +111,7 @@ def show_spectra(
             )
         _check_any(checkpoint, matrices, large)
         spectra = measure({name: matrix for name, matrix in matrices.items() if name not in large})
-        measured.append(Measured(label, checkpoint.step, spectra, drawn))
+        measured.append(Measured(label, checkpoint.step, spectra, drawn, runs.get(checkpoint.path, label)))
     if len(measured) > 2 and all(one.step is not None for one in measured):
         measured.sort(key=lambda one: one.step or 0)
     names = _common(measured)
@@ -172,12 +177,27 @@ def _distinct(paths: Iterable[Path]) -> list[Path]:
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """The ends of the paths, as long as it takes to tell them apart."""
+    if not paths:
+        return []
     parts = [path.absolute().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(each[-depth:]) for each in parts]
         if len(set(labels)) == len(labels):
             break
     return labels
+
+
+def _runs(paths: Sequence[Path]) -> list[str]:
+    """The folders of the runs without what all have in common; the files' labels where that tells them not apart."""
+    folders = [path.absolute().parent for path in paths]
+    parts = [(folder.parent if folder.name == "checkpoints" else folder).parts for folder in folders]
+    shared = [sum(1 for _ in takewhile(_all_equal, zip(*each, strict=False))) for each in (parts, map(reversed, parts))]
+    names = ["/".join(each[shared[0] : len(each) - shared[1]]) for each in parts]
+    return names if all(names) and len(set(names)) == len(names) else _labels(paths)
+
+
+def _all_equal(values: Sequence[str]) -> bool:
+    return len(set(values)) == 1
 
 
 def _check_any(checkpoint: Checkpoint, matrices: Mapping[str, Tensor], large: Sequence[str]) -> None:
@@ -231,16 +251,15 @@ def _not_finite(measured: Sequence[Measured]) -> Iterator[str]:
 
 
 def _print(measured: Sequence[Measured], names: Sequence[str], notes: Sequence[str]) -> None:
-    if len(measured) == 1:
-        table = matrices_table(measured[0])
-    elif len(measured) == 2:
-        table = comparison_table(measured[0], measured[1], names)
-    else:
-        table = course_table(measured, names)
-    console = get_console()
-    console.print(table)
-    for note in notes:
-        console.print(escape(note), style="yellow", highlight=False)
+    with wide_console() as console:
+        if len(measured) == 1:
+            console.print(matrices_table(measured[0]))
+        elif len(measured) == 2:
+            console.print(comparison_table(measured[0], measured[1], names, console.width))
+        else:
+            console.print(course_table(measured, names))
+        for note in notes:
+            console.print(escape(note), style="yellow", highlight=False)
 
 
 def _write(measured: Sequence[Measured], names: Sequence[str], output: Path) -> list[Path]:
@@ -260,23 +279,25 @@ def _write(measured: Sequence[Measured], names: Sequence[str], output: Path) -> 
         return [table]
     snapshots = {one.label: {name: one.spectra[name].singular_values for name in names} for one in measured}
     figures = {"singular_values": spectra_plot(snapshots, "Singular values")}
-    histories = {one.label: one.histories for one in measured if one.histories}
+    histories = {one.run: one.histories for one in measured if one.histories}
     if histories:
         figures["histories"] = course_plot(histories, "What the monitors measured")
     if len(measured) > 2:
-        figures |= {key: _course(measured, names, key) for key in COMPARED}
+        figures["course"] = _course(measured, names)
     return [table, *save_pngs(figures, output)]
 
 
-def _course(measured: Sequence[Measured], names: Sequence[str], key: str) -> Figure:
-    """A heat map over the steps, or over the checkpoints' numbers where steps do not tell them apart."""
+def _course(measured: Sequence[Measured], names: Sequence[str]) -> Figure:
+    """Heat maps over the steps, or over the checkpoints' numbers where steps do not tell them apart."""
     steps = [one.step for one in measured if one.step is not None]
     by_step = len(set(steps)) == len(measured)
-    history = History()
-    for step, one in zip(steps if by_step else range(1, len(measured) + 1), measured, strict=True):
-        history.append(step, {name: one.spectra[name].values[key] for name in names})
-    words = QUANTITIES[key]
-    figure = heat_map(history, key, words, f"{words.capitalize()} in {len(measured)} checkpoints")
-    if not by_step:
-        figure.axes[0].set_xlabel("checkpoint, in the order of the table")
+    maps = []
+    for key in COMPARED:
+        history = History()
+        for step, one in zip(steps if by_step else range(1, len(measured) + 1), measured, strict=True):
+            history.append(step, {name: one.spectra[name].values[key] for name in names})
+        maps.append(Map(key, f"{QUANTITIES[key]} of the weights", history, relative=True))
+    figure = heat_maps(maps, f"{len(names)} matrices in {len(measured)} checkpoints")
+    for panel in figure.axes[: len(maps)] if not by_step else ():
+        panel.set_xlabel("checkpoint, in the order of the table", fontsize=9)
     return figure

@@ -44,12 +44,14 @@ class Measured:
         step: its ``global_step``; None if it has none.
         spectra: the spectrum of each matrix, by name.
         histories: what to draw of that which monitors had measured until then.
+        run: what the user calls the run that it is of.
     """
 
     label: str
     step: int | None
     spectra: Mapping[str, Spectrum]
     histories: Histories
+    run: str
 
     def __str__(self) -> str:
         return self.label if self.step is None else f"{self.label} (step {self.step})"

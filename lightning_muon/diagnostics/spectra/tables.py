@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_muon.diagnostics.spectra.measure import QUANTITIES, Measured
-from lightning_muon.partition.table import ParameterName
+from lightning_muon.tables import DottedText
+
+_WIDTH_FOR_BOTH = 110
 
 COMPARED = ("spectral_norm", "stable_rank", "effective_rank")
 """Those that tell checkpoints apart."""
@@ -27,25 +29,30 @@ def matrices_table(measured: Measured) -> Table:
         table.add_column(_header(words), justify="right", no_wrap=True)
     for name, spectrum in measured.spectra.items():
         m, n = spectrum.shape
-        table.add_row(ParameterName(name), f"{m} x {n}", *(_number(spectrum.values[key]) for key in QUANTITIES))
+        table.add_row(DottedText(name), f"{m} x {n}", *(_number(spectrum.values[key]) for key in QUANTITIES))
     table.add_section()
     means = (_number(_mean(measured, list(measured.spectra), key)) for key in QUANTITIES)
     table.add_row(f"mean of {len(measured.spectra)}", "", *means)
     return table
 
 
-def comparison_table(before: Measured, after: Measured, names: Sequence[str]) -> Table:
-    """One row a matrix: a quantity in the one checkpoint, in the other, and the change."""
-    table = _table(f"{before} -> {after}")
+def comparison_table(before: Measured, after: Measured, names: Sequence[str], width: int) -> Table:
+    """One row a matrix: a quantity in the one checkpoint, in the other, and the change.
+
+    In few columns only the other one and the change.
+    """
+    both = width >= _WIDTH_FOR_BOTH
+    said = "" if both else f"Values of {after.label}, and how far they are from those of {before.label}."
+    table = _table(f"{before} -> {after}", caption=said or None)
     table.add_column("matrix", overflow="fold", ratio=1)
     columns = []
     for key in COMPARED:
         table.add_column(QUANTITIES[key], justify="right", no_wrap=True)
         pairs = [(before.spectra[name].values[key], after.spectra[name].values[key]) for name in names]
-        columns.append(_changes([*pairs, (_mean(before, names, key), _mean(after, names, key))]))
+        columns.append(_changes([*pairs, (_mean(before, names, key), _mean(after, names, key))], both))
     *rows, means = zip(*columns, strict=True)
     for name, cells in zip(names, rows, strict=True):
-        table.add_row(ParameterName(name), *cells)
+        table.add_row(DottedText(name), *cells)
     table.add_section()
     table.add_row(f"mean of {len(names)}", *means)
     return table
@@ -57,10 +64,15 @@ def course_table(checkpoints: Sequence[Measured], names: Sequence[str]) -> Table
     table.add_column("checkpoint", overflow="fold", ratio=1)
     table.add_column("step", justify="right", no_wrap=True)
     for key in COMPARED:
-        table.add_column(f"{_header(QUANTITIES[key])}\nmean", justify="right", no_wrap=True)
-        table.add_column("max" if key == "spectral_norm" else "min", justify="right", no_wrap=True, vertical="bottom")
+        words = _header(QUANTITIES[key])
+        table.add_column(f"{words}\nmean", justify="right", no_wrap=True)
+        below = "\n" * (words.count("\n") + 1)
+        table.add_column(below + ("max" if key == "spectral_norm" else "min"), justify="right", no_wrap=True)
     for measured in checkpoints:
-        cells = [escape(measured.label), "" if measured.step is None else str(measured.step)]
+        cells: list[str | DottedText] = [
+            DottedText(measured.label),
+            "" if measured.step is None else str(measured.step),
+        ]
         for key in COMPARED:
             values = [measured.spectra[name].values[key] for name in names]
             extreme = max(values) if key == "spectral_norm" else min(values)
@@ -74,7 +86,7 @@ def _table(title: str, caption: str | None = None) -> Table:
         box=box.SIMPLE_HEAD,
         title=escape(title),
         title_justify="left",
-        caption=caption,
+        caption=caption and escape(caption),
         caption_justify="left",
         padding=(0, 1, 0, 0),
     )
@@ -89,11 +101,14 @@ def _mean(measured: Measured, names: Sequence[str], key: str) -> float:
     return sum(measured.spectra[name].values[key] for name in names) / len(names)
 
 
-def _changes(pairs: Sequence[tuple[float, float]]) -> list[str]:
-    """``"1.23 -> 1.46 +18.7 %"`` for each pair, with the numbers of all pairs below each other."""
+def _changes(pairs: Sequence[tuple[float, float]], both: bool) -> list[str]:
+    """``"1.23 -> 1.46 +18.7 %"`` or ``"1.46 +18.7 %"`` for each pair, numbers below each other."""
     cells = [(_number(before, 3), _number(after, 3), _percent(before, after)) for before, after in pairs]
     first, second, third = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return [f"{before:>{first}} -> {after:>{second}} {change:>{third}}" for before, after, change in cells]
+    return [
+        (f"{before:>{first}} -> " if both else "") + f"{after:>{second}} {change:>{third}}"
+        for before, after, change in cells
+    ]
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -42,8 +42,9 @@ def fused_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in ("gru.weight_ih_l0", "gru.weight_hh_l0"):
         blocks[f"layers.{name}"] = torch.split(state[f"layers.{name}"], 6)
     blocks["layers.mix.weight"] = (state["layers.mix.weight"].flatten(1),)
+    called = {"layers.attention.in_proj_weight": "qkv"}
     return {
-        name if len(parts) == 1 else f"{name}.{index}": part
+        name if len(parts) == 1 else f"{name}.{called.get(name, 'rzn')[index]}": part
         for name, parts in blocks.items()
         for index, part in enumerate(parts)
     }

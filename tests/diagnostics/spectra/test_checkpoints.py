@@ -62,9 +62,9 @@ def test_checkpoints_say_how_matrices_are_read(library, tmp_path):
     fitted.save_checkpoint(tmp_path / "last.ckpt")
     layouts = torch.load(tmp_path / "last.ckpt", weights_only=True)["matrix_layouts"]
     assert layouts == {
-        "layers.attention.in_proj_weight": {"split": [8, 8, 8]},
+        "layers.attention.in_proj_weight": {"split": [8, 8, 8], "blocks": ["q", "k", "v"]},
         "layers.attention.out_proj.weight": {},
-        "layers.gru.weight_ih_l0": {"split": [6, 6, 6]},
+        "layers.gru.weight_ih_l0": {"split": [6, 6, 6], "blocks": ["r", "z", "n"]},
         "layers.mix.weight": {},
     }
     assert {name: MatrixLayout(**fields) for name, fields in layouts.items()} == {
@@ -111,10 +111,10 @@ def test_every_block_of_fused_parameters_is_measured_exactly(runs, tmp_path, cap
     for name, quantities in expected.items():
         for quantity, value in quantities.items():
             assert found["fused.ckpt", quantity, name] == pytest.approx(value, rel=1e-4), (quantity, name)
-    line = next(line for line in printed.splitlines() if "layers.gru.weight_ih_l0.1" in line)
+    line = next(line for line in printed.splitlines() if "layers.gru.weight_ih_l0.z" in line)
     assert "6 x 8" in line
     assert [float(word) for word in line.split()[-5:]] == pytest.approx(
-        list(expected["layers.gru.weight_ih_l0.1"].values()), rel=2e-3
+        list(expected["layers.gru.weight_ih_l0.z"].values()), rel=2e-3
     )
     assert "6 x 18" in printed
     assert "Nothing says" not in printed

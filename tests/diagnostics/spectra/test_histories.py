@@ -101,9 +101,11 @@ def test_two_monitors_of_one_class_are_both_drawn_under_the_names_they_log(tmp_p
     shown(capsys, tmp_path / "twins.ckpt", "--output", tmp_path, "--quantities", "effective_rank*", "late/*")
     (by_run,) = drawn
     expected = {
-        ("effective_rank", "effective rank"): monitors[0].histories["effective_rank"],
-        ("effective_rank-1", "effective rank / r"): monitors[1].histories["effective_rank"],
-        ("late/spectral_norm", "spectral norm"): monitors[2].histories["spectral_norm"],
+        ("effective_rank", "effective rank of the weights"): monitors[0].histories["effective_rank"],
+        ("effective_rank_over_r-1", "effective rank of the weights, over r = min(m, n)"): monitors[1].histories[
+            "effective_rank_over_r"
+        ],
+        ("late/spectral_norm", "spectral norm of the weights"): monitors[2].histories["spectral_norm"],
     }
     assert as_lists(by_run["twins.ckpt"]) == as_lists(expected)
 
@@ -113,6 +115,22 @@ def test_checkpoints_that_do_not_say_what_was_shown_have_the_bare_keys(tmp_path,
     save(tmp_path / "old.ckpt", monitor={"histories": {"spectral_norm": made.state_dict()}})
     shown(capsys, tmp_path / "old.ckpt", "--output", tmp_path)
     assert as_lists(drawn[0]["old.ckpt"]) == as_lists({("spectral_norm", ""): made})
+
+
+@pytest.mark.parametrize(
+    ("files", "runs"),
+    [
+        (["logs/muon/version_0/checkpoints/a.ckpt", "logs/adamw/version_0/checkpoints/b.ckpt"], ["muon", "adamw"]),
+        (["version_0/checkpoints/last.ckpt", "version_1/checkpoints/last.ckpt"], ["version_0", "version_1"]),
+        (["one.ckpt", "more/two.ckpt"], ["one.ckpt", "two.ckpt"]),
+    ],
+)
+def test_runs_are_called_by_their_folder(files, runs, tmp_path, capsys, figures, drawn):
+    for index, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / file, monitor=state({NORM: history({1: 2.0 + index})}))
+    shown(capsys, *(tmp_path / file for file in files), "--output", tmp_path / "out")
+    assert list(drawn[0]) == runs
 
 
 def test_what_other_callbacks_keep_is_passed_over(tmp_path, capsys, figures, drawn):

@@ -1,34 +1,40 @@
-"""Muon and its relatives for PyTorch Lightning: one mixin, one hybrid optimizer."""
+"""Muon and its relatives for PyTorch Lightning: one mixin, one hybrid optimizer.
 
+Names are imported when they are first used: ``lightning_muon.optim`` needs no Lightning, and takes no time for it.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from lightning_muon.cli import MuonCLI
-from lightning_muon.configure import configure_hybrid_optimizer
-from lightning_muon.mixin import MuonMixin
-from lightning_muon.optim import (
-    NAMO,
-    NAMOD,
-    REG,
-    SWAN,
-    AdaMuon,
-    Conda,
-    Dion2,
-    HybridOptimizer,
-    MatrixOptimizer,
-    Muon,
-    MuonHyperball,
-    MuonNSR,
-    MuonVS,
-    Muown,
-    NorMuon,
-    PolarGrad,
-    SinkGD,
-    SpecMuon,
-    SpectralSphere,
-    WeightAwareOptimizer,
-)
-from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
-from lightning_muon.use_muon import UseMuon
+if TYPE_CHECKING:
+    from lightning_muon.cli import MuonCLI
+    from lightning_muon.configure import configure_hybrid_optimizer
+    from lightning_muon.mixin import MuonMixin
+    from lightning_muon.optim import (
+        NAMO,
+        NAMOD,
+        REG,
+        SWAN,
+        AdaMuon,
+        Conda,
+        Dion2,
+        HybridOptimizer,
+        MatrixOptimizer,
+        Muon,
+        MuonHyperball,
+        MuonNSR,
+        MuonVS,
+        Muown,
+        NorMuon,
+        PolarGrad,
+        SinkGD,
+        SpecMuon,
+        SpectralSphere,
+        WeightAwareOptimizer,
+    )
+    from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
+    from lightning_muon.use_muon import UseMuon
 
 try:
     __version__ = version("lightning-muon")
@@ -65,3 +71,27 @@ __all__ = [
     "configure_hybrid_optimizer",
     "partition_parameters",
 ]
+
+_NEED_LIGHTNING = {
+    "MuonCLI": "cli",
+    "MuonMixin": "mixin",
+    "UseMuon": "use_muon",
+    "configure_hybrid_optimizer": "configure",
+}
+_FOR_PARTITIONS = {"MatrixLayout", "ParameterRule", "Partition", "partition_parameters"}
+_PACKAGES = {"callbacks", "diagnostics", "linalg", "optim", "partition", "schedules"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"lightning_muon.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'lightning_muon' has no attribute {name!r}")
+    home = _NEED_LIGHTNING.get(name, "partition" if name in _FOR_PARTITIONS else "optim")
+    value = getattr(import_module(f"lightning_muon.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, get_type_hints
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from lightning_muon import spectra
 from lightning_muon.callbacks import PartitionSummary
 from lightning_muon.command_line import (
     MuonArgumentParser,
@@ -20,7 +19,9 @@ from lightning_muon.command_line import (
     unregistered_name,
 )
 from lightning_muon.command_line.parser import TRAINER_TITLE, setting_help
-from lightning_muon.mixin import SETTINGS, MuonMixin
+from lightning_muon.diagnostics import spectra
+from lightning_muon.mixin import MuonMixin
+from lightning_muon.settings import SETTINGS
 from lightning_muon.use_muon import UseMuon
 
 

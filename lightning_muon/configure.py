@@ -20,7 +20,7 @@ from lightning_muon.callbacks.schedule_length import ScheduleLength, share_of_ti
 from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon
 from lightning_muon.optim.foreign import differentiates_gradients, has_modes
 from lightning_muon.partition import ParameterRule
-from lightning_muon.partition.roles import LAYOUTS_KEY
+from lightning_muon.partition.partition import LAYOUTS_KEY
 from lightning_muon.schedules import Schedule, ScheduledLR
 
 if TYPE_CHECKING:

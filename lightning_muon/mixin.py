@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from types import FrameType, FunctionType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -19,13 +18,22 @@ from lightning_muon.configure import (
     add_matrix_layouts,
     attached_trainer,
     check_settings,
-    configure_hybrid_optimizer,
     watch_parameters,
 )
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
 from lightning_muon.replaced import Replacement, as_function, configure_in_place_of, optimizers_in, own_method
 from lightning_muon.schedules import Schedule
+from lightning_muon.settings import (
+    SETTINGS,
+    check_names,
+    check_setting,
+    is_configuration,
+    is_plain,
+    name_taken,
+    own_arguments,
+    settings_made_of,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule
@@ -34,9 +42,6 @@ if TYPE_CHECKING:
     _ModuleMethods = LightningModule  # what the mixin may call on itself
 else:
     _ModuleMethods = object
-
-SETTINGS = ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules")
-"""Names of the mixin's arguments, which are its attributes too."""
 
 
 class MuonMixin(_ModuleMethods):
@@ -73,13 +78,14 @@ class MuonMixin(_ModuleMethods):
 
     Example::
 
-        class Net(MuonMixin, L.LightningModule):
-            def __init__(self, width: int = 64, **kwargs):
-                super().__init__(**kwargs)
-                self.save_hyperparameters()
-                self.layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
-
-        Net(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))
+        >>> class Net(MuonMixin, L.LightningModule):
+        ...     def __init__(self, width: int = 64, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.save_hyperparameters()
+        ...         self.layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+        >>> net = Net(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))
+        >>> [entry.name for entry in net.partition() if entry.group == "matrix"]
+        ['layers.0.weight']
     """
 
     # Class-level defaults also serve modules that never call MuonMixin.__init__.
@@ -117,12 +123,12 @@ class MuonMixin(_ModuleMethods):
                 f"MuonMixin must stand before LightningModule among the bases of {cls.__name__}, or its settings and "
                 f"configure_optimizers are never reached. Write `class {cls.__name__}(MuonMixin, {bases})`."
             )
-        _check_names(cls)
+        check_names(cls, MuonMixin)
         _watch_methods(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:
-            _check_setting(type(self).__name__, name, value)
+            check_setting(type(self).__name__, name, value)
         super().__setattr__(name, value)
         if name == "configure_optimizers" and attached_trainer(self) is not None:  # as setup() may do
             _check_not_replaced(self)
@@ -130,19 +136,19 @@ class MuonMixin(_ModuleMethods):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As in torch; the names of the mixin's settings are taken."""
         if name in SETTINGS:
-            raise _name_taken(type(self).__name__, name, "a submodule")
+            raise name_taken(type(self).__name__, name, "a submodule")
         super().add_module(name, module)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in torch; the names of the mixin's settings are taken."""
         if name in SETTINGS:
-            raise _name_taken(type(self).__name__, name, "a parameter")
+            raise name_taken(type(self).__name__, name, "a parameter")
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
         """As in torch; the names of the mixin's settings are taken."""
         if name in SETTINGS:
-            raise _name_taken(type(self).__name__, name, "a buffer")
+            raise name_taken(type(self).__name__, name, "a buffer")
         super().register_buffer(name, *args, **kwargs)
 
     def partition(self) -> Partition:
@@ -187,8 +193,8 @@ class MuonMixin(_ModuleMethods):
         add_matrix_layouts(checkpoint, self)
         hparams = checkpoint.get("hyper_parameters")
         if isinstance(hparams, dict):
-            own = _own_arguments(type(self))
-            ours = [n for n in SETTINGS if n in hparams and n not in own and _is_configuration(hparams[n])]
+            own = own_arguments(type(self), MuonMixin)
+            ours = [n for n in SETTINGS if n in hparams and n not in own and is_configuration(hparams[n])]
             if ours:
                 checkpoint[_SAVED_SETTINGS] = {name: hparams.pop(name) for name in ours}
 
@@ -196,7 +202,7 @@ class MuonMixin(_ModuleMethods):
         """Takes those settings from the checkpoint that were not given to this module, and says so in a fit."""
         super().on_load_checkpoint(checkpoint)
         saved = {k: v for k, v in checkpoint.get(_SAVED_SETTINGS, {}).items() if not getattr(self, k)}
-        for name, value in (_made(saved) if saved else {}).items():
+        for name, value in (settings_made_of(saved) if saved else {}).items():
             setattr(self, name, value)
         if saved and attached_trainer(self) is not None:
             rank_zero_info(f"Not given, and taken from the checkpoint: {', '.join(sorted(saved))}.")
@@ -211,14 +217,14 @@ class MuonMixin(_ModuleMethods):
         """As in Lightning, less the mixin's settings that were not given, or are objects, which no checkpoint holds."""
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
-        own = _own_arguments(type(self))
+        own = own_arguments(type(self), MuonMixin)
         for name in SETTINGS:
             if name not in self.hparams:
                 continue
             value = self.hparams[name]
             if name in own and isinstance(value, (Schedule, functools.partial)):
                 vars(self).setdefault(_TAKEN, set()).add(name)
-            if not _is_plain(value) or (name not in own and not value):
+            if not is_plain(value) or (name not in own and not value):
                 del self.hparams[name]
                 vars(self)["_hparams_initial"].pop(name, None)
 
@@ -346,79 +352,5 @@ def warn_of_inner_settings(module: nn.Module) -> None:
             )
 
 
-def _check_names(cls: type[MuonMixin]) -> None:
-    """Raise if a class, or a base that the mixin hides, uses the name of a setting for something of its own."""
-    hidden = cls.__mro__[cls.__mro__.index(MuonMixin) + 1 :]
-    for name in SETTINGS:
-        for base in (base for base in hidden if name in vars(base)):
-            raise _name_taken(base.__name__, name, f"a {type(vars(base)[name]).__name__}")
-        value = vars(cls).get(name)
-        if isinstance(value, (FunctionType, property)):
-            error = _name_taken(cls.__name__, name, f"a {type(value).__name__}")
-            if name.endswith("_optimizer") and isinstance(value, FunctionType):
-                error.add_note(f"To set it for the class write {name} = staticmethod(...) or functools.partial(...).")
-            raise error
-        if name in ("schedule", "parameter_rules") and name in vars(cls):
-            _check_setting(cls.__name__, name, value)
-
-
-def _check_setting(module: str, name: str, value: Any) -> None:
-    """Raise unless a value can be the setting: the module may be using the name for something of its own."""
-    if name == "parameter_rules":
-        plausible = value is None or (
-            isinstance(value, Sequence) and all(isinstance(rule, ParameterRule) for rule in value)
-        )
-        if not plausible:
-            raise _name_taken(module, name, type(value).__name__)
-        return
-    if hasattr(value, "parameters") and hasattr(value, "named_modules"):
-        raise _name_taken(module, name, "a submodule")
-    settings = {"matrix_optimizer": None, "other_optimizer": None, "schedule": None, name: value}
-    try:
-        check_settings(**settings, where=f"{module}.")
-    except TypeError as error:
-        raise TypeError(
-            f"{error} ({name} is a setting of MuonMixin: what the module keeps for itself needs another name.)"
-        ) from None
-
-
-def _name_taken(module: str, name: str, kind: str) -> AttributeError:
-    return AttributeError(
-        f"{module}.{name} is a setting of MuonMixin and cannot be {kind} of the module's own. Give that another name."
-    )
-
-
 def _is_lightning_module(cls: type) -> bool:
     return cls.__name__ == "LightningModule" and cls.__module__.startswith(("lightning.pytorch.", "pytorch_lightning."))
-
-
-def _own_arguments(cls: type) -> set[str]:
-    """Names among the settings that a constructor of the module lists itself, so that they are its hyperparameters."""
-    before = cls.__mro__[: cls.__mro__.index(MuonMixin)]
-    listed = [inspect.signature(base.__init__).parameters for base in before if "__init__" in vars(base)]  # type: ignore[misc]
-    return {name for name in SETTINGS if any(name in parameters for parameters in listed)}
-
-
-def _made(settings: dict[str, Any]) -> dict[str, Any]:
-    """Optimizers, schedule and rules of their configuration."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(configure_hybrid_optimizer, skip={"module"})
-    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name before jsonargparse 4.49
-    made = instantiate(parser.parse_object(settings))
-    return {name: made[name] for name in settings}
-
-
-def _is_configuration(value: Any) -> bool:
-    """Whether a hyperparameter is a setting as a command line gives it, and not something of the module's own."""
-    if isinstance(value, list):
-        return all(isinstance(item, dict) for item in value)
-    return isinstance(value, dict) and "class_path" in value
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether ``value`` is made of what a checkpoint loads with ``weights_only=True`` and YAML shows as text."""
-    if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or type(value) in (str, bool, int, float)

@@ -172,7 +172,8 @@ class Constant(Schedule):
 
     Example::
 
-        Constant(warmup=100)
+        >>> [Constant(warmup=4).at_step(step, 100) for step in (0, 1, 4, 50)]
+        [0.125, 0.375, 1.0, 1.0]
     """
 
     def after_warmup(self, progress: float, warmup: float, total_steps: float | None) -> float:
@@ -188,7 +189,8 @@ class Linear(Schedule):
 
     Example::
 
-        Linear(warmup=0.05, final=0.0)
+        >>> [round(Linear(warmup=0.1, final=0.0).at_step(step, 100), 3) for step in (0, 5, 10, 55)]
+        [0.05, 0.55, 0.994, 0.494]
     """
 
     def __init__(self, warmup: float = 0.0, final: float = 0.0) -> None:
@@ -208,7 +210,8 @@ class Cosine(Schedule):
 
     Example::
 
-        Cosine(warmup=0.02, final=0.1)
+        >>> [round(Cosine(warmup=0.1, final=0.1).at_step(step, 100), 3) for step in (0, 10, 55)]
+        [0.05, 1.0, 0.542]
     """
 
     def __init__(self, warmup: float = 0.0, final: float = 0.0) -> None:
@@ -234,7 +237,8 @@ class WarmupStableDecay(Schedule):
 
     Example::
 
-        WarmupStableDecay(warmup=200, decay=0.2)
+        >>> [round(WarmupStableDecay(warmup=10, decay=0.2).at_step(step, 100), 3) for step in (5, 10, 80, 90)]
+        [0.55, 1.0, 0.975, 0.475]
     """
 
     def __init__(self, warmup: float = 0.0, decay: float = 0.2, final: float = 0.0) -> None:

@@ -54,7 +54,7 @@ class UseMuon(Callback):
 
     Example::
 
-        Trainer(callbacks=[UseMuon(matrix_optimizer=partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))])
+        >>> trainer = Trainer(callbacks=[UseMuon(partial(Muon, lr=1e-3), schedule=Cosine(warmup=0.02))])
     """
 
     replaced_by = "UseMuon"

@@ -1,7 +1,6 @@
 """Recommendations of a model as a file, with the titles of the items, and a few of them in print."""
 
 import csv
-import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from examples.recsys.data import PADDING, SequenceDataModule
 from examples.recsys.data.counts import counted
+from examples.recsys.files import UnfinishedFile
 from examples.recsys.models import Recommender
 from examples.recsys.models.base import Batch, Recommendations
 
@@ -140,11 +140,8 @@ class _UnfinishedTable:
     """A CSV file that gets its name when it is whole."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished = path.with_name(f"{path.name}.unfinished")
-        opener = gzip.open if path.suffix == ".gz" else open
-        self.file: Any = opener(self.unfinished, "wt", encoding="utf-8", newline="")
+        self.whole = UnfinishedFile(path)
+        self.file = self.whole.open_text()
         self.rows = csv.writer(self.file)
         self.rows.writerow(COLUMNS)
 
@@ -153,8 +150,8 @@ class _UnfinishedTable:
 
     def finish(self) -> None:
         self.file.close()
-        self.unfinished.replace(self.path)
+        self.whole.finish()
 
     def discard(self) -> None:
         self.file.close()
-        self.unfinished.unlink(missing_ok=True)
+        self.whole.discard()

@@ -19,7 +19,7 @@ class CreateGraph(Callback):
 
     Example::
 
-        Trainer(callbacks=[CreateGraph()])
+        >>> trainer = Trainer(callbacks=[CreateGraph()])
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

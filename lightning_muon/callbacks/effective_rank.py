@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_muon.callbacks import figures
-from lightning_muon.callbacks.probe import Depth, Kind, Measurement
-from lightning_muon.callbacks.quantity import Quantity
 from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.diagnostics import figures
+from lightning_muon.diagnostics.probe import Depth, Kind, Measurement
+from lightning_muon.diagnostics.quantity import Quantity
 from lightning_muon.linalg import Spectra
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class EffectiveRankMonitor(SpectralMonitor):
 
     Example::
 
-        Trainer(callbacks=[EffectiveRankMonitor(every_n_steps=50, spectrum_every_n_steps=500, normalize=True)])
+        >>> trainer = Trainer(callbacks=[EffectiveRankMonitor(every_n_steps=50, spectrum_every_n_steps=500)])
     """
 
     name = "effective_rank"

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_muon.optim import HybridOptimizer
 from lightning_muon.partition import ParameterRule, partition_parameters
+from lightning_muon.partition.names import some_names
 
 
 class LateParameters(Callback):
@@ -75,7 +76,7 @@ class LateParameters(Callback):
                 joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
                 self._look(trainer, pl_module)
                 self._trained = set(self._groups())
-                names = _some([f"{entry.name} ({entry.group})" for entry in joined])
+                names = some_names([f"{entry.name} ({entry.group})" for entry in joined])
                 rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,7 +85,7 @@ class LateParameters(Callback):
         groups = self.optimizer.param_groups
         if self._handles and sum(len(group["params"]) for group in groups) != len(self._trained):
             now = self._groups()
-            names = _some([f"{name} ({group})" for name, group in now.items() if name not in self._trained])
+            names = some_names([f"{name} ({group})" for name, group in now.items() if name not in self._trained])
             self._trained = set(now)
             if names and trainer.global_step > 0:  # a resumed run has its own at the first step
                 rank_zero_info(f"Unfrozen since the fit started, and trained from now on: {names}.")
@@ -95,7 +96,7 @@ class LateParameters(Callback):
         if outside:
             self._named |= outside
             found = [name for name, parameter in pl_module.named_parameters() if parameter in outside]
-            names = _some(found)
+            names = some_names(found)
             rank_zero_warn(
                 f"{type(pl_module).__name__} has parameters that get gradients and are in no optimizer: {names}. This "
                 "step does not train them. Freeze them with requires_grad_(False), or have them in the module before "
@@ -134,7 +135,3 @@ class LateParameters(Callback):
 
 def _wraps_in_ddp(trainer: Trainer) -> bool:
     return any(base.__name__ == "DDPStrategy" for base in type(trainer.strategy).__mro__)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

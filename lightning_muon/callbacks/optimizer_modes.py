@@ -17,7 +17,7 @@ class OptimizerModes(Callback):
 
     Example::
 
-        Trainer(callbacks=[OptimizerModes()])
+        >>> trainer = Trainer(callbacks=[OptimizerModes()])
     """
 
     def __init__(self) -> None:

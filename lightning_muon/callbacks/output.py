@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_muon.callbacks.figures import publish, save_pngs, shows_figures
-from lightning_muon.callbacks.history import History, write_csv
+from lightning_muon.diagnostics.figures import publish, save_pngs, shows_figures
+from lightning_muon.diagnostics.history import History, write_csv
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

@@ -31,7 +31,7 @@ class PartitionSummary(Callback):
 
     Example::
 
-        Trainer(callbacks=[PartitionSummary()])
+        >>> trainer = Trainer(callbacks=[PartitionSummary()])
     """
 
     def __init__(self, parameter_rules: list[ParameterRule] | None = None) -> None:

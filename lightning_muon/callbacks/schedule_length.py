@@ -29,7 +29,7 @@ class ScheduleLength(Callback):
 
     Example::
 
-        Trainer(callbacks=[ScheduleLength()])
+        >>> trainer = Trainer(callbacks=[ScheduleLength()])
     """
 
     def __init__(self) -> None:

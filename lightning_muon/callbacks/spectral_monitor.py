@@ -14,16 +14,17 @@ from rich import get_console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_muon.callbacks import figures
 from lightning_muon.callbacks.arguments import check_count, check_globs, check_multiple
 from lightning_muon.callbacks.clock import Clock
-from lightning_muon.callbacks.history import History
-from lightning_muon.callbacks.matrices import WatchedParameter, find_matrices, select
 from lightning_muon.callbacks.notices import warn_of_limits, warn_of_no_matrix, warn_of_nothing
 from lightning_muon.callbacks.output import show_run
-from lightning_muon.callbacks.probe import Depth, Kind, MatrixProbe, Measurement, Plan
-from lightning_muon.callbacks.quantity import Quantity, mean, worst
-from lightning_muon.callbacks.report import Movement, monitor_table
+from lightning_muon.callbacks.running import known_to_optimizers
+from lightning_muon.diagnostics import figures
+from lightning_muon.diagnostics.history import History
+from lightning_muon.diagnostics.matrices import WatchedParameter, evenly_chosen, find_matrices, select
+from lightning_muon.diagnostics.probe import Depth, Kind, MatrixProbe, Measurement, Plan
+from lightning_muon.diagnostics.quantity import Quantity, mean, worst
+from lightning_muon.diagnostics.report import Movement, monitor_table
 from lightning_muon.partition import ParameterRule
 
 if TYPE_CHECKING:
@@ -187,9 +188,8 @@ class SpectralMonitor(Callback):
         monitors = _monitors(trainer)
         if _step(trainer) == 0:  # not a run that goes on
             self.forget()
-        self._watched = select(
-            find_matrices(pl_module, trainer.optimizers, self.parameter_rules), self.include, self.exclude
-        )
+        known = known_to_optimizers(trainer.optimizers)
+        self._watched = select(find_matrices(pl_module, known, self.parameter_rules), self.include, self.exclude)
         self._warn_of_what_is_left_out(type(pl_module).__name__)
         if self is monitors[-1]:
             self._share_probe(monitors)
@@ -301,8 +301,7 @@ class SpectralMonitor(Callback):
                 depths[quantity.kind] = max(quantity.depth, depths.get(quantity.kind, Depth.NORM))
         matrices = self.watched_matrices()
         small = [name for name, shape in matrices.items() if min(shape) <= self.max_spectrum_size]
-        count = min(len(small), self.max_spectra)
-        decomposed = {small[index * len(small) // count] for index in range(count)}
+        decomposed = set(evenly_chosen(small, self.max_spectra))
         return {
             (kind, name): min(depth, Depth.SPECTRUM if name in decomposed else Depth.GRAM)
             for kind, depth in depths.items()

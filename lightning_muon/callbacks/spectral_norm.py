@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_muon.callbacks.probe import Depth
-from lightning_muon.callbacks.quantity import Quantity
 from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.diagnostics.probe import Depth
+from lightning_muon.diagnostics.quantity import Quantity
 from lightning_muon.linalg import Spectra
 from lightning_muon.partition import ParameterRule
 
@@ -42,7 +42,7 @@ class SpectralNormMonitor(SpectralMonitor):
 
     Example::
 
-        Trainer(callbacks=[SpectralNormMonitor(every_n_steps=50, per_parameter=True)])
+        >>> trainer = Trainer(callbacks=[SpectralNormMonitor(every_n_steps=50, per_parameter=True)])
     """
 
     name = "spectral_norm"

@@ -8,9 +8,9 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_muon.callbacks.probe import Depth
-from lightning_muon.callbacks.quantity import Quantity
 from lightning_muon.callbacks.spectral_monitor import SpectralMonitor
+from lightning_muon.diagnostics.probe import Depth
+from lightning_muon.diagnostics.quantity import Quantity
 from lightning_muon.linalg import Spectra
 
 
@@ -49,7 +49,7 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
 
     Example::
 
-        Trainer(callbacks=[UpdateOrthogonalityMonitor(every_n_steps=50)])
+        >>> trainer = Trainer(callbacks=[UpdateOrthogonalityMonitor(every_n_steps=50)])
     """
 
     name = "update_orthogonality"

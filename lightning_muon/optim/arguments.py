@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_muon.partition import MatrixLayout
-from lightning_muon.partition.rules import near_names
+from lightning_muon.partition.names import near_names
 
 OPTIMIZER_KEY = "optimizer"
 """Where a param group keeps the class of its optimizer, so that no other class loads its state."""

@@ -16,10 +16,12 @@ from lightning_muon.partition.code import applied_maps
 from lightning_muon.partition.fused import Blocks, expert_blocks, fused_blocks, raw_blocks
 from lightning_muon.partition.heads import find_heads
 from lightning_muon.partition.inputs import find_input_stems
+from lightning_muon.partition.layout import MatrixLayout
 from lightning_muon.partition.linear import StoredMap, linear_shape, stored_map
 from lightning_muon.partition.names import class_name
 from lightning_muon.partition.overrides import Candidate, Verdict, assign, collect_changes
-from lightning_muon.partition.roles import MatrixLayout, Partition, Role
+from lightning_muon.partition.partition import Partition
+from lightning_muon.partition.roles import Role
 from lightning_muon.partition.rules import ParameterRule
 from lightning_muon.partition.sites import Site, walk
 
@@ -56,9 +58,12 @@ def partition_parameters(module: nn.Module, rules: Sequence[ParameterRule] = ())
 
     Example::
 
-        partition = partition_parameters(model, [ParameterRule(pattern="*.gate.weight", group="other")])
-        print(partition["encoder.layers.0.linear1.weight"].reason)
-        rich.print(partition.table())
+        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 100))
+        >>> partition = partition_parameters(model, [ParameterRule(pattern="2.weight", group="other")])
+        >>> [entry.name for entry in partition if entry.group == "matrix"]
+        ['1.weight']
+        >>> print(partition["3.weight"].role)
+        head
     """
     check_module(module)
     for rule in rules:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_muon.partition.names import INDEX
-from lightning_muon.partition.roles import ParameterAssignment, Partition
+from lightning_muon.partition.roles import ParameterAssignment
 
 _ENOUGH = 0.1
 _NAMED = 3
 
 
-def left_out(partition: Partition) -> list[str]:
+def left_out(entries: Sequence[ParameterAssignment]) -> list[str]:
     """See :meth:`Partition.warnings`."""
-    trainable = [entry for entry in partition if not entry.frozen]
+    trainable = [entry for entry in entries if not entry.frozen]
     unknown = [entry for entry in trainable if entry.unknown]
     taken = sum(entry.parameter.numel() for entry in trainable if entry.group == "matrix")
     missed = sum(entry.parameter.numel() for entry in unknown)

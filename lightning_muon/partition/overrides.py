@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_muon.partition.roles import Group, MatrixLayout, ParameterAssignment, Role
+from lightning_muon.partition.layout import MatrixLayout
+from lightning_muon.partition.roles import Group, ParameterAssignment, Role
 from lightning_muon.partition.rules import ParameterRule, unmatched
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 from torch import nn
 
-from lightning_muon.partition.names import INDEX
+from lightning_muon.partition.names import close_names, names_sentence, one_of_each_kind
 from lightning_muon.partition.roles import Group, Role
 
 _LAYOUT_FIELDS = ("split", "repeats", "transposed", "batch_dims")
-_ALIKE = 0.6
 _VECTOR = re.compile(r"bias|norm|gain|scale|(^|[._])ln", re.IGNORECASE)
 _SET_BY_PARTITION = "it is set by the partition"
 _RESERVED_OPTIONS = {
@@ -59,9 +57,11 @@ class ParameterRule:
 
     Example::
 
-        ParameterRule(pattern="*.router.weight", group="other")
-        ParameterRule(role="embedding", options={"lr": 3e-3, "weight_decay": 0.0})
-        ParameterRule(module_type="FusedAttention", pattern="*.qkv.weight", split=3)
+        >>> rules = [
+        ...     ParameterRule(pattern="*.router.weight", group="other"),
+        ...     ParameterRule(role="embedding", options={"lr": 3e-3, "weight_decay": 0.0}),
+        ...     ParameterRule(module_type="FusedAttention", pattern="*.qkv.weight", split=3),
+        ... ]
     """
 
     pattern: str | None = None
@@ -139,23 +139,6 @@ def is_module_type(owner: type[nn.Module], module_type: str | type[nn.Module]) -
     )
 
 
-def near_names(name: str, candidates: Collection[str], limit: int = 5, what: str = "Names") -> str:
-    """A sentence that lists the candidates closest to a mistyped name, or some of them where none is close.
-
-    Args:
-        name: as it was written.
-        candidates: what it may have meant.
-        limit: how many are listed at most.
-        what: the candidates are, which begins the sentence where none is close.
-
-    Example::
-
-        near_names("encoder.wieght", ["encoder.weight", "encoder.bias"])   # "Near names: encoder.weight, encoder.bias."
-    """
-    # Of names alike the last in the alphabet first, as difflib has it: the latest of numbered ones.
-    return _sentence(_close(name, sorted(candidates, reverse=True)), candidates, limit, what)
-
-
 def unmatched(
     rule: ParameterRule, weights: Sequence[str], vectors: Sequence[str], roles: Sequence[str], owners: Sequence[str]
 ) -> ValueError:
@@ -171,53 +154,16 @@ def unmatched(
     hints = []
     if rule.pattern is not None and not any(fnmatchcase(name, rule.pattern) for name in (*weights, *vectors)):
         asked = rule.pattern.replace("*", "").strip(".")
-        likely, others = (vectors, weights) if _VECTOR.search(asked) else (weights, vectors)
-        pool = next((names for names in (likely, others) if _close(asked, _kinds(names))), likely or others)
-        hints.append(_sentence(_close(asked, _kinds(pool)), _kinds(pool)))
+        kinds = [one_of_each_kind(names) for names in (weights, vectors)]
+        likely, others = reversed(kinds) if _VECTOR.search(asked) else kinds
+        pool = next((names for names in (likely, others) if close_names(asked, names)), likely or others)
+        hints.append(names_sentence(close_names(asked, pool), pool))
     if rule.role is not None and rule.role not in roles:
         hints.append(f"Roles in this module: {', '.join(roles)}.")
     if rule.module_type is not None:
         asked = rule.module_type.__name__ if isinstance(rule.module_type, type) else rule.module_type.rpartition(".")[2]
         if asked not in owners:
-            hints.append(f"Modules with parameters: {_sentence(_close(asked, owners), owners)}")
+            hints.append(f"Modules with parameters: {names_sentence(close_names(asked, owners), owners)}")
     if not hints:
         hints.append("Each selector matches some parameter, but no parameter matches all of them.")
     return ValueError(f"{rule} matches no parameter. {' '.join(hints)}")
-
-
-def _kinds(names: Sequence[str]) -> list[str]:
-    """The first of the names that differ by indices only: one for the like layers of all blocks."""
-    first: dict[str, str] = {}
-    for name in names:
-        first.setdefault(INDEX.sub("*", name), name)
-    return list(first.values())
-
-
-def _sentence(close: Sequence[str], names: Collection[str], limit: int = 5, what: str = "Names") -> str:
-    if not names:
-        return "There are no names to choose from."
-    if close:
-        return f"Near names: {', '.join(close[:limit])}."
-    first = list(names)[:limit]
-    return f"{what}: {', '.join(first)}{', ...' if len(names) > len(first) else '.'}"
-
-
-def _close(name: str, candidates: Sequence[str]) -> list[str]:
-    """The candidates that are like a name, or have a part that is, closest first, else in their order."""
-    scores = {candidate: _likeness(name, candidate) for candidate in candidates}
-    close = [candidate for candidate in scores if scores[candidate] >= _ALIKE]
-    return sorted(close, key=lambda candidate: -scores[candidate])
-
-
-def _likeness(name: str, candidate: str) -> float:
-    """Between 0 and 1: that of the names, or of as many segments of the candidate as the name has."""
-    tail = name.rpartition(".")[2]
-    parts, count = candidate.split("."), name.count(".") + 1
-    runs = {".".join(parts[start : start + count]) for start in range(len(parts) - count + 1)}
-    matcher = difflib.SequenceMatcher(b=name)
-    best = float(len(tail) > 2 and tail in candidate) * _ALIKE
-    for run in (candidate, *runs):
-        matcher.set_seq1(run)
-        if matcher.real_quick_ratio() > best:
-            best = max(best, matcher.ratio())
-    return best

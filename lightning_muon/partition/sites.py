@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
-WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What wrappers call the one module that they hold."""
+from lightning_muon.partition.names import WRAPPER_NAMES
 
 _WRAPPER_TYPES = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 _FABRIC_NAMES = {"_forward_module", "_original_module"}

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from lightning_muon.partition.names import INDEX, ParameterName
-from lightning_muon.partition.roles import ParameterAssignment, Partition
+from lightning_muon.partition.names import INDEX
+from lightning_muon.partition.roles import ParameterAssignment
 
 _SHAPES_SHOWN = 2
+_PIECE = re.compile(r"[^.\s]*[.\s]*")
 
 
-def partition_table(partition: Partition) -> Table:
+def partition_table(partition: Sequence[ParameterAssignment]) -> Table:
     """One row for all parameters whose names differ only by indices and that are treated alike.
 
     ``"blocks.*.attn.in_proj_weight x12"`` stands for twelve parameters, and ``"192 x 64 as 3 of 64 x 64"`` for how each
@@ -45,6 +50,39 @@ def partition_table(partition: Partition) -> Table:
         style = "dim" if first.frozen else ("bold" if first.group == "matrix" else "")
         table.add_row(name, *map(escape, [*cells, first.reason]), style=style)
     return table
+
+
+class ParameterName:
+    """A dotted name for a cell of a table: where it is too long for one line it breaks after dots and spaces.
+
+    What is too long between two dots is broken anywhere. Square brackets are no markup.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def lines(self, width: int) -> Iterator[str]:
+        """The name in lines of at most ``width`` characters."""
+        line = ""
+        for piece in _PIECE.findall(self.name):
+            if line and len(line) + len(piece.rstrip()) > width:
+                yield line.rstrip()
+                line = ""
+            line += piece
+            while len(line.rstrip()) > width:
+                yield line[:width]
+                line = line[width:]
+        yield line.rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n".join(self.lines(options.max_width)))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest_piece = max(len(piece.rstrip()) for piece in _PIECE.findall(self.name))
+        return Measurement(min(longest_piece, options.max_width), min(len(self.name), options.max_width))
 
 
 def _pattern(names: Sequence[str]) -> str:
@@ -89,7 +127,7 @@ def _group(entry: ParameterAssignment) -> str:
     return entry.group if entry.group_name in (entry.group, f"{entry.group}/{entry.role}") else entry.group_name
 
 
-def _caption(partition: Partition) -> str:
+def _caption(partition: Sequence[ParameterAssignment]) -> str:
     trainable = [entry for entry in partition if not entry.frozen]
     total = _elements(trainable)
     lines = []

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lightning_muon import HybridOptimizer
-from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor, UpdateOrthogonalityMonitor, probe
+from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor, UpdateOrthogonalityMonitor
 from lightning_muon.callbacks import spectral_monitor as spectral_monitor_module
-from lightning_muon.callbacks.updates import UpdateCapture
+from lightning_muon.diagnostics import probe
+from lightning_muon.diagnostics.updates import UpdateCapture
 from tests.callbacks.monitor_runs import Plain, Recorder, table_rows, watched
 from tests.lightning_helpers import Bare, Items, Net, fit
 

@@ -11,7 +11,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
-from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor, UpdateOrthogonalityMonitor, figures
+from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor, UpdateOrthogonalityMonitor
+from lightning_muon.diagnostics import figures
 from tests.callbacks.monitor_runs import CLOCKED, QUANTITIES, Recorder, monitors, table_rows, watched
 from tests.lightning_helpers import Net, fit
 

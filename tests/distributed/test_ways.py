@@ -22,7 +22,7 @@ from lightning_muon.schedules import Linear
 from tests.lightning_helpers import Items
 from tests.ways import train
 
-from tests.test_late_parameters import Freeze
+from tests.callbacks.test_late_parameters import Freeze
 
 way, strategy, folder, freeze = sys.argv[1:]
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lightning_muon.partition import MatrixLayout, ParameterRule, Partition, partition_parameters
-from lightning_muon.partition.rules import near_names
 from tests.partition.modules import Block, Parts
 
 
@@ -244,13 +243,6 @@ def test_rules_parse_from_yaml():
     ]
     with pytest.raises(SystemExit):
         parser.parse_args(["--rules", "[{role: hiden, group: other}]"])
-
-
-def test_near_names():
-    names = ["encoder.weight", "encoder.bias", "decoder.weight"]
-    assert near_names("encoder.wieght", names).startswith("Near names: encoder.weight")
-    assert near_names("zzz", names, limit=2) == "Names: encoder.weight, encoder.bias, ..."
-    assert near_names("x", []) == "There are no names to choose from."
 
 
 def test_unknown_name_lists_near_ones():

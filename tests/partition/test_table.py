@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_muon.partition import ParameterRule, partition_parameters
-from lightning_muon.partition.names import ParameterName
+from lightning_muon.partition.table import ParameterName
 
 
 class Model(nn.Module):

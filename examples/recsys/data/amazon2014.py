@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -18,6 +18,7 @@ from examples.recsys.data.lines import read_lines
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.sequences import UserSequences
 from examples.recsys.data.text import plain_text
+from examples.recsys.files import write_lines
 
 Category: TypeAlias = Literal["Beauty", "Toys_and_Games", "Sports_and_Outdoors"]
 
@@ -109,7 +110,7 @@ class AmazonReviews2014(SequenceDataModule):
         sequences, _, asins = read_reviews(reviews)
         _check_published(self.category, sequences, reviews)
         # First, so that where there are sequences there are ASINs.
-        _write_lines(self._asin_path, map(str, asins))
+        write_lines(self._asin_path, map(str, asins))
         sequences.write(self.path)
 
     def item_fingerprint(self) -> str:
@@ -241,9 +242,3 @@ def _check_published(category: str, sequences: UserSequences, source: Path) -> N
             f"published {category} 5-core has {expected.users}, {expected.items} and {expected.interactions}: the file "
             "is cut short or another set. Delete it to download it again, or give the right data_dir."
         )
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from examples.recsys.data.lines import read_lines
 from examples.recsys.data.protocol import TEST, TRAIN, VALIDATION
 from examples.recsys.data.sequences import UserSequences
+from examples.recsys.files import write_lines
 
 COLUMNS = ("user", "item", "timestamp")
 LABELS = {"train": TRAIN, "valid": VALIDATION, "test": TEST}
@@ -114,17 +114,10 @@ def write(folder: Path, sequences: UserSequences, catalogue: Iterable[dict[str, 
         catalogue: a dict with ``title`` for items 1, 2, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_gzip(
+    write_lines(
         folder / "items.jsonl.gz",
         (json.dumps({"item": number, **entry}, ensure_ascii=False) for number, entry in enumerate(catalogue)),
     )
     users = torch.arange(len(sequences)).repeat_interleave(sequences.offsets.diff())
     rows = zip(users.tolist(), (sequences.items - 1).tolist(), sequences.times.tolist(), strict=True)
-    _write_gzip(folder / "interactions.csv.gz", [",".join(COLUMNS), *(f"{u},{i},{t}" for u, i, t in rows)])
-
-
-def _write_gzip(path: Path, lines: Iterable[str]) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with gzip.open(unfinished, "wt", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    unfinished.replace(path)
+    write_lines(folder / "interactions.csv.gz", [",".join(COLUMNS), *(f"{u},{i},{t}" for u, i, t in rows)])

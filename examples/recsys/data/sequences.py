@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from examples.recsys.data.counts import counted
 from examples.recsys.data.lines import read_lines
+from examples.recsys.files import write_lines
 
 PADDING = 0
 """The item id that means "no item"; real ones start at 1."""
@@ -135,10 +135,7 @@ class UserSequences:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the form that :meth:`read` reads, users numbered from 1, without times; whole or not at all."""
-        lines = (f"{user} {' '.join(map(str, self[user - 1].tolist()))}\n" for user in range(1, len(self) + 1))
-        unfinished = Path(f"{path}.unfinished")
-        unfinished.write_text("".join(lines))
-        unfinished.replace(path)
+        write_lines(path, (f"{user} {' '.join(map(str, self[user - 1].tolist()))}" for user in range(1, len(self) + 1)))
 
     def __len__(self) -> int:
         """The number of users."""

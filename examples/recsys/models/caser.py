@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data.sequences import PADDING
-from examples.recsys.models.layers import check_length, check_positive
+from examples.recsys.models.layers import check_length
 from examples.recsys.models.untied import UntiedRecommender
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from examples.recsys.checks import check_positive
 from examples.recsys.decoding import NextLogProbs
 from examples.recsys.models.generative import token_log_probs
-from examples.recsys.models.layers import check_positive
 
 IGNORED = -100
 """The label of a token that no loss counts."""

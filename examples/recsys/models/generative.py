@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.decoding import NextLogProbs, PrefixTree, beam_search, item_scores
 from examples.recsys.models.base import Batch, Recommender
-from examples.recsys.models.layers import at_least_float32, check_not_empty, check_positive
+from examples.recsys.models.layers import at_least_float32, check_not_empty
 from examples.recsys.semantic_ids.codes import SemanticIds
 
 

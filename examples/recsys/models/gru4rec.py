@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data.sequences import PADDING
-from examples.recsys.models.layers import check_length, check_positive
+from examples.recsys.models.layers import check_length
 from examples.recsys.models.untied import UntiedRecommender
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.recsys.checks import check_positive
 from examples.recsys.models.base import Batch, NextItemRecommender
-from examples.recsys.models.layers import RealPositions, SequenceEmbedding, check_positive
+from examples.recsys.models.layers import RealPositions, SequenceEmbedding
 from examples.recsys.models.losses import cosine_sampled_softmax_loss
 from lightning_muon import MuonMixin, ParameterRule
 

@@ -8,13 +8,6 @@ from torch import Tensor, nn
 from examples.recsys.data.sequences import PADDING
 
 
-def check_positive(**sizes: int | None) -> None:
-    """Raise ``ValueError`` that names the first size below 1; None is left alone."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}.")
-
-
 def check_length(history: Tensor, max_length: int) -> None:
     """Raise ``ValueError`` if a history (B, T) is longer than ``max_length``."""
     if history.shape[1] > max_length:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.decoding import NextLogProbs
 from examples.recsys.models.base import Batch
 from examples.recsys.models.generative import GenerativeRecommender, draw_targets, token_log_probs
-from examples.recsys.models.layers import check_positive
 from lightning_muon import MuonMixin
 
 PAD_TOKEN, START_TOKEN, END_TOKEN, FIRST_CODE_TOKEN = range(4)

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data.sequences import PADDING
 from examples.recsys.models.base import NextItemRecommender
-from examples.recsys.models.layers import check_positive
 from examples.recsys.models.losses import binary_cross_entropy_loss, sampled_softmax_loss, softmax_loss
 from lightning_muon import MuonMixin
 

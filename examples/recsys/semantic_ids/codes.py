@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from examples.recsys.data.lines import read_lines
+from examples.recsys.files import unfinished
 
 LARGEST_CODE = 65_535
 """A codebook is meant to be smaller than a catalogue, and tables have its size."""
@@ -93,15 +93,10 @@ class SemanticIds:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write what :meth:`read` reads, items from 1; whole or not at all. Missing folders are made."""
-        path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(unfinished, "wt", encoding="utf-8", newline="") as file:
+        with unfinished(path) as unfinished_file, unfinished_file.open_text() as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["item", *(f"c{level}" for level in range(1, self.levels + 1))])
             writer.writerows([item, *codes] for item, codes in enumerate(self.codes.tolist(), start=1))
-        unfinished.replace(path)
 
 
 def existing_file(path: str | os.PathLike[str]) -> Path:

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data.lines import read_lines
 from examples.recsys.data.module import SequenceDataModule
 from examples.recsys.data.sampling import evaluation_sampler
-from examples.recsys.models.layers import check_positive
 
 
 class ItemFeatures(L.LightningDataModule):

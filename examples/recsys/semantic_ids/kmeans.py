@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 14
-"""Rows whose distances to all centroids are held at once."""
+from examples.recsys.semantic_ids.quantization import CHUNK
 
 
 def residual_kmeans(

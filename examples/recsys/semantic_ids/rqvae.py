@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ
 
-from examples.recsys.models.layers import check_positive
+from examples.recsys.checks import check_positive
 from examples.recsys.semantic_ids.kmeans import residual_kmeans
 from examples.recsys.semantic_ids.quality import QuantizationQuality, collisions_and_error
 from examples.recsys.semantic_ids.quantization import Quantization, code_vectors

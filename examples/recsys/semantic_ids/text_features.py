@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
+from examples.recsys.checks import check_positive
 from examples.recsys.data import SequenceDataModule
 from examples.recsys.data.download import cache_folder
-from examples.recsys.models.layers import check_positive
+from examples.recsys.files import unfinished
 from examples.recsys.semantic_ids.features import ItemFeatures
 
 
@@ -84,10 +85,8 @@ class TextFeatures(ItemFeatures):
         if self.path.exists():
             return
         embeddings = encode(self._texts, self.encoder, self.max_tokens, self.encoder_batch_size)
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")
-        torch.save(embeddings, unfinished)
-        unfinished.replace(self.path)
+        with unfinished(self.path) as file:
+            torch.save(embeddings, file.part)
 
     def load_features(self) -> Tensor:
         """See the class.

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor
-from lightning_muon.callbacks.history import History
-from lightning_muon.spectra import command
+from lightning_muon.diagnostics.history import History
+from lightning_muon.diagnostics.spectra import command
+from tests.diagnostics.spectra.commands import refusal, shown
 from tests.lightning_helpers import Net, fit
-from tests.spectra.commands import refusal, shown
 
 NORM = ("spectral_norm", "spectral norm")
 RANK, UPDATE_RANK = ("effective_rank", "effective rank"), ("update_effective_rank", "effective rank")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from glob import escape
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
-from lightning_muon.callbacks.running import known_to_optimizers
 from lightning_muon.partition import MatrixLayout, ParameterAssignment, ParameterRule, partition_parameters
-from lightning_muon.partition.rules import near_names
+from lightning_muon.partition.names import near_names
 from lightning_muon.partition.sites import walk
 
 
@@ -62,7 +59,7 @@ class WatchedParameter:
 
 
 def find_matrices(
-    module: LightningModule, optimizers: Sequence[Optimizer], rules: Sequence[ParameterRule] = ()
+    module: nn.Module, known: Mapping[nn.Parameter, ParameterAssignment], rules: Sequence[ParameterRule] = ()
 ) -> list[WatchedParameter]:
     """All parameters of a module that can be read as matrices, frozen ones too, in the module's order.
 
@@ -71,10 +68,15 @@ def find_matrices(
 
     Without a partition (lazy parameters, flat shards) there is a warning, and nothing is watched by default.
 
+    Args:
+        module: the module.
+        known: what optimizers of this package do with the parameters that they have.
+        rules: for the partition of the others.
+
     Raises:
         ValueError: if ``rules`` are given and do not fit the module.
     """
-    entries = {id(parameter): entry for parameter, entry in known_to_optimizers(optimizers).items()}
+    entries = {id(parameter): entry for parameter, entry in known.items()}
     if any(id(parameter) not in entries for parameter in module.parameters()):
         for entry in _partition(module, rules):
             entries.setdefault(id(entry.parameter), entry)
@@ -119,7 +121,15 @@ def select(
     return [parameter for parameter in chosen if not parameter.matches(exclude or ())]
 
 
-def _partition(module: LightningModule, rules: Sequence[ParameterRule]) -> Iterable[ParameterAssignment]:
+def evenly_chosen(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of the names at even distances, the first and the last among them, or all where they are fewer."""
+    if len(names) <= count:
+        return list(names)
+    distance = (len(names) - 1) / max(count - 1, 1)
+    return [names[round(index * distance)] for index in range(count)]
+
+
+def _partition(module: nn.Module, rules: Sequence[ParameterRule]) -> Iterable[ParameterAssignment]:
     own = getattr(module, "parameter_rules", None) or ()
     # What matrix optimizers do not take is no reason not to look at the rest.
     refused = [

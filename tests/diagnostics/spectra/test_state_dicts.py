@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.diagnostics.spectra.commands import matrices, refusal, rows, shown
 from tests.lightning_helpers import Bare
-from tests.spectra.commands import matrices, refusal, rows, shown
 
 NET = "tests.lightning_helpers.Net"
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_muon import MuonCLI, MuonMixin, ParameterRule
+from lightning_muon.diagnostics.spectra import checkpoints as checkpoints_module
 from lightning_muon.partition import MatrixLayout
-from lightning_muon.spectra import checkpoints as checkpoints_module
+from tests.diagnostics.spectra.commands import matrices, refusal, rows, shown
+from tests.diagnostics.spectra.fused import Fused, FusedLayers, fused_matrices
 from tests.lightning_helpers import QUIET, Bare, Items, Layers, Net, fit
-from tests.spectra.commands import matrices, refusal, rows, shown
-from tests.spectra.fused import Fused, FusedLayers, fused_matrices
 
 HELPERS = "tests.lightning_helpers"
 NAMESPACES = pytest.mark.parametrize("library", [pl, pytorch_lightning], ids=["lightning.pytorch", "pytorch_lightning"])

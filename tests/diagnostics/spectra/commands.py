@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_muon.spectra import main
+from lightning_muon.diagnostics.spectra import main
 
 
 def shown(capsys: pytest.CaptureFixture[str], *args: Any) -> str:

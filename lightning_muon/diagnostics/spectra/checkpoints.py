@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_muon.callbacks.matrices import WatchedParameter, find_matrices
+from lightning_muon.diagnostics.matrices import WatchedParameter, find_matrices
+from lightning_muon.diagnostics.spectra.histories import Histories, read_histories
 from lightning_muon.partition import MatrixLayout
-from lightning_muon.partition.roles import LAYOUTS_KEY
-from lightning_muon.partition.rules import near_names
-from lightning_muon.partition.sites import WRAPPER_NAMES
-from lightning_muon.spectra.histories import Histories, read_histories
+from lightning_muon.partition.names import WRAPPER_NAMES, near_names
+from lightning_muon.partition.partition import LAYOUTS_KEY
 
 _GUESSED = (
     "Nothing says which tensors are matrices: all with two dimensions or more are shown, as they are. With --model "
@@ -158,7 +157,7 @@ def _as_module(path: Path, content: Mapping[str, Any], module_class: type) -> Ch
     _tensors(path, content, _state(path, content)[0])  # which refuses what has no values
     try:
         module = module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)  # type: ignore[attr-defined]
-        return Checkpoint(path, _step(content), find_matrices(module, []), read_histories(content))
+        return Checkpoint(path, _step(content), find_matrices(module, {}), read_histories(content))
     except Exception as error:  # whatever the user's class raises
         raise CheckpointError(
             f"{module_class.__name__} does not load {path}: {type(error).__name__}: "

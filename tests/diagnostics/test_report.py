@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_muon.callbacks.report import Movement, alarms, monitor_table
+from lightning_muon.diagnostics.report import Movement, alarms, monitor_table
 
 
 def movement(values: dict[str, float], before: dict[str, float] | None = None, **kwargs: Any) -> Movement:

@@ -11,9 +11,9 @@ from rich import get_console
 from rich.progress import track
 from torch import Tensor
 
-from lightning_muon.callbacks.matrices import WatchedParameter
+from lightning_muon.diagnostics.matrices import WatchedParameter
+from lightning_muon.diagnostics.spectra.histories import Histories
 from lightning_muon.linalg import exact_spectra
-from lightning_muon.spectra.histories import Histories
 
 QUANTITIES = {
     "spectral_norm": "spectral norm",

@@ -9,8 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_muon.partition.names import ParameterName
-from lightning_muon.spectra.measure import QUANTITIES, Measured
+from lightning_muon.diagnostics.spectra.measure import QUANTITIES, Measured
+from lightning_muon.partition.table import ParameterName
 
 COMPARED = ("spectral_norm", "stable_rank", "effective_rank")
 """Those that tell checkpoints apart."""

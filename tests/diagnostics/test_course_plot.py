@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 
-from lightning_muon.callbacks.figures import course_plot
-from lightning_muon.callbacks.history import History
+from lightning_muon.diagnostics.figures import course_plot
+from lightning_muon.diagnostics.history import History
 
 
 def history(rows: dict[int, dict[str, float]]) -> History:

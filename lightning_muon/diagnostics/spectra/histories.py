@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_muon.callbacks.history import History
-from lightning_muon.partition.rules import near_names
+from lightning_muon.diagnostics.history import History
+from lightning_muon.partition.names import near_names
 
 Histories: TypeAlias = Mapping[tuple[str, str], History]
 """By the key under which a quantity was logged, and its name in words; no words where the checkpoint has none."""

@@ -8,12 +8,12 @@ from enum import IntEnum
 from typing import Literal, TypeAlias
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_muon.callbacks.matrices import WatchedParameter
-from lightning_muon.callbacks.updates import UpdateCapture
+from lightning_muon.diagnostics.matrices import WatchedParameter
+from lightning_muon.diagnostics.updates import UpdateCapture
 from lightning_muon.linalg import Spectra, estimate_spectra, exact_spectra
 
 Kind: TypeAlias = Literal["weight", "update"]

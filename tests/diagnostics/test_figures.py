@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lightning_muon.callbacks.figures import (
+from lightning_muon.diagnostics.figures import (
     figures_available,
     heat_map,
     publish,
@@ -24,7 +24,7 @@ from lightning_muon.callbacks.figures import (
     shows_figures,
     spectra_plot,
 )
-from lightning_muon.callbacks.history import History
+from lightning_muon.diagnostics.history import History
 
 
 def history(rows: dict[int, dict[str, float]]) -> History:

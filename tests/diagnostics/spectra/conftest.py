@@ -12,9 +12,9 @@ import rich
 import torch
 
 from lightning_muon import Muon
-from lightning_muon.spectra import command
+from lightning_muon.diagnostics.spectra import command
+from tests.diagnostics.spectra.fused import Fused
 from tests.lightning_helpers import Bare, Net, fit
-from tests.spectra.fused import Fused
 
 
 class Baseline(Bare):

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from lightning_muon.callbacks.probe import Depth, Kind
+from lightning_muon.diagnostics.probe import Depth, Kind
 from lightning_muon.linalg import Spectra
 
 Extreme: TypeAlias = Literal["max", "min"]

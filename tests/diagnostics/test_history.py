@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_muon.callbacks.history import History, write_csv
+from lightning_muon.diagnostics.history import History, write_csv
 
 
 def filled(*steps: int, max_rows: int = 512) -> History:

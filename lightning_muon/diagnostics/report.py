@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lightning_muon.callbacks.quantity import Extreme, mean, worst
+from lightning_muon.diagnostics.quantity import Extreme, mean, worst
 
 _ALARMS_SHOWN = 5
 _NOTHING = "-"

@@ -10,7 +10,7 @@ import rich
 import torch
 
 from lightning_muon import cli as cli_module
-from tests.spectra.commands import matrices, refusal, rows, shown
+from tests.diagnostics.spectra.commands import matrices, refusal, rows, shown
 
 # One checkpoint
 

@@ -14,18 +14,17 @@ from rich import get_console
 from rich.markup import escape
 from torch import Tensor
 
-from lightning_muon.callbacks.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
-from lightning_muon.callbacks.history import History
-from lightning_muon.callbacks.matrices import select
-from lightning_muon.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
-from lightning_muon.spectra.histories import select_histories
-from lightning_muon.spectra.measure import QUANTITIES, Measured, measure, read_matrices
-from lightning_muon.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
+from lightning_muon.diagnostics.figures import course_plot, figures_available, heat_map, save_pngs, spectra_plot
+from lightning_muon.diagnostics.history import History
+from lightning_muon.diagnostics.matrices import select
+from lightning_muon.diagnostics.spectra.checkpoints import Checkpoint, CheckpointError, read_checkpoints
+from lightning_muon.diagnostics.spectra.histories import select_histories
+from lightning_muon.diagnostics.spectra.measure import QUANTITIES, Measured, measure, read_matrices
+from lightning_muon.diagnostics.spectra.tables import COMPARED, comparison_table, course_table, matrices_table
+from lightning_muon.partition.names import some_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_NAMED = 5
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -102,7 +101,9 @@ def show_spectra(
         matrices = read_matrices(parameter for parameter in checkpoint.parameters if parameter in chosen)
         large = [name for name, matrix in matrices.items() if min(matrix.shape) > max_size]
         if large:
-            notes.append(f"Left out of {label}, with a smaller side above {max_size} (--max_size): {_some(large)}.")
+            notes.append(
+                f"Left out of {label}, with a smaller side above {max_size} (--max_size): {some_names(large)}."
+            )
         _check_any(checkpoint, matrices, large)
         spectra = measure({name: matrix for name, matrix in matrices.items() if name not in large})
         measured.append(Measured(label, checkpoint.step, spectra, drawn))
@@ -183,11 +184,11 @@ def _check_any(checkpoint: Checkpoint, matrices: Mapping[str, Tensor], large: Se
     if len(large) < len(matrices):
         return
     if large:
-        raise CheckpointError(f"Every matrix of {checkpoint.path} is larger than --max_size: {_some(large)}.")
+        raise CheckpointError(f"Every matrix of {checkpoint.path} is larger than --max_size: {some_names(large)}.")
     others = [parameter.name for parameter in checkpoint.parameters]
     raise CheckpointError(
         f"No matrix to show in {checkpoint.path}. "
-        + (f"With --include you can choose among {_some(others)}." if others else "No tensor has two dimensions.")
+        + (f"With --include you can choose among {some_names(others)}." if others else "No tensor has two dimensions.")
     )
 
 
@@ -202,7 +203,7 @@ def _common(measured: Sequence[Measured]) -> list[str]:
     if not names:
         raise CheckpointError(
             f"{first.label} and the other checkpoints have no matrix of the same name and shape. {first.label}: "
-            f"{_some(first.spectra)}. {others[0].label}: {_some(others[0].spectra)}."
+            f"{some_names(first.spectra)}. {others[0].label}: {some_names(others[0].spectra)}."
         )
     return names
 
@@ -212,27 +213,21 @@ def _differences(measured: Sequence[Measured], names: Sequence[str]) -> Iterator
     alone = [name for name in every if name not in set(names)]
     missing = [name for name in alone if any(name not in one.spectra for one in measured)]
     if missing:
-        yield f"Not in every checkpoint, and left out of the comparison: {_some(missing)}."
+        yield f"Not in every checkpoint, and left out of the comparison: {some_names(missing)}."
     shapes = [
         f"{name} ({', '.join(dict.fromkeys('{} x {}'.format(*one.spectra[name].shape) for one in measured))})"
         for name in alone
         if name not in missing
     ]
     if shapes:
-        yield f"Of different shapes, and left out of the comparison: {_some(shapes)}."
+        yield f"Of different shapes, and left out of the comparison: {some_names(shapes)}."
 
 
 def _not_finite(measured: Sequence[Measured]) -> Iterator[str]:
     for one in measured:
         broken = [name for name, found in one.spectra.items() if not bool(found.singular_values.isfinite().all())]
         if broken:
-            yield f"NaN or infinity in {one.label}: {_some(broken)}."
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    return ", ".join(listed[:_NAMED]) + more
+            yield f"NaN or infinity in {one.label}: {some_names(broken)}."
 
 
 def _print(measured: Sequence[Measured], names: Sequence[str], notes: Sequence[str]) -> None:

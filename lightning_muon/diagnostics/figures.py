@@ -10,7 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_muon.callbacks.history import History
+from lightning_muon.diagnostics.history import History
+from lightning_muon.diagnostics.matrices import evenly_chosen
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -98,7 +99,7 @@ def spectra_plot(snapshots: Mapping[str, Mapping[str, Tensor]], title: str) -> F
     names = list(dict.fromkeys(name for matrices in snapshots.values() for name in matrices))
     if not names:
         raise ValueError(f"The snapshots {list(snapshots)} hold no singular values to draw")
-    chosen = _evenly(names, _PANELS)
+    chosen = evenly_chosen(names, _PANELS)
     columns = len(chosen) if len(chosen) <= 3 else math.ceil(math.sqrt(len(chosen)))
     rows = math.ceil(len(chosen) / columns)
     figure = _figure(max(2.9 * columns, 4.6), 2.0 * rows + 1.3)
@@ -293,13 +294,6 @@ def _course(history: History) -> tuple[list[int], list[float], list[float], list
             rows.append((step, math.fsum(finite) / len(finite), min(finite), max(finite)))
     steps, means, lows, highs = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
     return steps, means, lows, highs
-
-
-def _evenly(names: Sequence[str], count: int) -> list[str]:
-    """``count`` of the names at even distances, the first and the last among them, or all where they are fewer."""
-    if len(names) <= count:
-        return list(names)
-    return [names[round(index * (len(names) - 1) / (count - 1))] for index in range(count)]
 
 
 def _draw_spectra(panel: Axes, name: str, spectra: Mapping[str, Tensor | None]) -> list[list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from glob import glob
@@ -124,6 +125,15 @@ def test_yaml_names_classes_that_exist(page: Path) -> None:
         for path in re.findall(r"(?:class_path: |_optimizer: )((?:lightning_muon|torch|examples)\.[\w.]+)", text):
             module, _, name = path.rpartition(".")
             assert hasattr(importlib.import_module(module), name), path
+
+
+@pytest.mark.slow
+def test_pages_build_without_a_warning(tmp_path: Path) -> None:
+    """Sphinx warns of markup that it cannot read, of references that lead nowhere and of pages outside the contents."""
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "dummy", "-W", "--keep-going", "docs", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -1,6 +1,6 @@
 """Muon and its relatives for PyTorch Lightning: one mixin, one hybrid optimizer.
 
-Names are imported when they are first used: ``lightning_muon.optim`` needs no Lightning, and takes no time for it.
+Names are imported on first use, so that ``lightning_muon.optim`` works without Lightning and does not import it.
 """
 
 from importlib import import_module

@@ -26,9 +26,9 @@ from lightning_muon.use_muon import UseMuon
 
 
 def main(args: ArgsType = None) -> None:
-    """The console script ``lightning-muon``: :class:`MuonCLI` for installed modules and those in the current directory.
+    """Run the console script ``lightning-muon``: :class:`MuonCLI` for modules installed or in the current directory.
 
-    Its subcommand ``spectra`` shows what the singular values in checkpoints say, and needs no model.
+    The subcommand ``spectra`` shows statistics of the singular values in checkpoints. It needs no model.
 
     Example::
 
@@ -67,25 +67,26 @@ class MuonCLI(LightningCLI):
     * Arguments of an optimizer without its class are those of Muon, or of AdamW for ``other_optimizer``:
       ``--model.matrix_optimizer.lr 3e-3``.
     * Plain ``LightningCLI``'s ``--optimizer`` and ``--lr_scheduler`` are not there.
-    * What is wrong with the command line is said in a few lines, with near names, and exit code 2. What the package or
-      Lightning refuses later, as a rule that matches nothing, ends in one ``error: ...`` and exit code 1; where
-      ``args`` is given, it is raised. ``LIGHTNING_MUON_FULL_ERRORS=1`` shows all of it.
-    * The config of a run is saved as ``config-v1.yaml`` where ``config.yaml`` is of an earlier run: without a logger.
+    * An error in the command line is reported in a few lines, with similar names and exit code 2. An error that the
+      package or Lightning raises later, e.g. for a rule that matches nothing, is printed as one ``error: ...`` with
+      exit code 1. With ``args`` it is raised instead. ``LIGHTNING_MUON_FULL_ERRORS=1`` shows the full report.
+    * Without a logger, all runs share a folder. If it has the ``config.yaml`` of an earlier run, the config of this run
+      is saved as ``config-v1.yaml``.
 
     Args:
         model_class: as in ``LightningCLI``; None takes the class from ``--model``.
         datamodule_class: as in ``LightningCLI``; None takes the class from ``--data``.
-        links: names of attributes of the data module that models take as arguments, e.g. ``["num_items"]``. Where the
-            model takes the argument and the data module has the attribute, its value is handed over, whatever else is
+        links: names of attributes of the data module that models take as arguments, e.g. ``["num_items"]``. If the
+            model takes the argument and the data module has the attribute, the attribute overrides any value that is
             given for the argument.
         trainer_class: subclass of :class:`PartitionTrainer`.
-        **kwargs: as in ``LightningCLI``, less ``auto_configure_optimizers``. ``parser_class`` is
+        **kwargs: as in ``LightningCLI``, without ``auto_configure_optimizers``. ``parser_class`` is
             :class:`~lightning_muon.command_line.MuonArgumentParser` and ``save_config_callback``
             :class:`~lightning_muon.command_line.SaveConfigBeside` unless given.
 
     Raises:
-        TypeError: if ``trainer_class`` is no :class:`PartitionTrainer`, or a class is of the package
-            ``pytorch_lightning``.
+        TypeError: if ``trainer_class`` is not a :class:`PartitionTrainer`, or if the model or data module is a class of
+            the package ``pytorch_lightning``.
         ValueError: if ``--matrix_optimizer`` and the like are given for a module that has the mixin.
 
     Example::
@@ -94,7 +95,7 @@ class MuonCLI(LightningCLI):
     """
 
     refusing_packages: ClassVar[Sequence[str]] = ("lightning_muon", "lightning", "torch.optim")
-    """Packages that check their arguments: what they refuse ends the command line without a traceback."""
+    """Packages that check their arguments: errors that they raise are printed without a traceback."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class MuonCLI(LightningCLI):
         if isinstance(parser, MuonArgumentParser):
             parser.add_plain_options()
         groups = parser.groups or {}
-        groups["trainer"].title = TRAINER_TITLE  # of their own they have the first lines of docstrings
+        groups["trainer"].title = TRAINER_TITLE  # the default titles are first lines of docstrings
         if self.subclass_mode_model:
             groups["model"].title = "Model"
         if self.subclass_mode_data:
@@ -145,7 +146,7 @@ class MuonCLI(LightningCLI):
                 parser.link_arguments(f"data.{name}", f"{model_key}.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the arguments, and refuses a strategy or accelerator that is not known."""
+        """Parses the arguments, and rejects an unknown strategy or accelerator."""
         super().parse_arguments(parser, args)
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
         if sentence := unregistered_name(settings.get("trainer") or {}):
@@ -161,7 +162,7 @@ class MuonCLI(LightningCLI):
             config = self._get(self.config, "model")
             arguments = config.init_args if self.subclass_mode_model else config
             needed = (
-                "" if name in arguments else f" For that, {kind}.__init__ has to hand **kwargs to super().__init__."
+                "" if name in arguments else f" For that, {kind}.__init__ has to pass **kwargs to super().__init__."
             )
             key = f"model.init_args.{name}" if self.subclass_mode_model else f"model.{name}"
             raise ValueError(
@@ -170,7 +171,7 @@ class MuonCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer of the configuration, with :class:`UseMuon` for a model without the mixin."""
+        """Instantiates the configured Trainer, with :class:`UseMuon` for a model without the mixin."""
         given = self._given_settings()
         if self.subcommand == "partition":
             summary = PartitionSummary(given.get("parameter_rules"))
@@ -196,10 +197,10 @@ class MuonCLI(LightningCLI):
         return {name: value for name, value in settings.items() if value is not None}
 
     def _forget_unused_links(self) -> None:
-        """Take linked values that this model has no argument for out of its hyperparameters.
+        """Remove linked values from the hyperparameters if this model has no argument for them.
 
-        Where the model class is chosen on the command line, Lightning stores them all the same, and
-        ``load_from_checkpoint`` would hand them to ``__init__``.
+        If the model class is chosen on the command line, Lightning stores them anyway, and ``load_from_checkpoint``
+        would pass them to ``__init__``.
         """
         if not self.subclass_mode_model:
             return
@@ -209,16 +210,16 @@ class MuonCLI(LightningCLI):
                 vars(self.model).get("_hparams_initial", {}).pop(name, None)
 
 
-_DESCRIPTION = "Train a LightningModule with Muon and its relatives; look at the partition and at spectra."
+_DESCRIPTION = "Train a LightningModule with Muon and its relatives; show its partition and the spectra of checkpoints."
 
 _EPILOG = (
     "One more subcommand, `lightning-muon spectra CHECKPOINT...`, shows spectral norms, ranks and condition numbers of "
-    "the matrices in checkpoints; its options: `lightning-muon spectra --help`."
+    "the matrices in checkpoints. `lightning-muon spectra --help` shows its options."
 )
 
 
 class _OfCommandLine(UseMuon):
-    """:class:`UseMuon` with the names that the command line has for its settings."""
+    """:class:`UseMuon` whose messages use the command line's names for its settings."""
 
     replaced_by = "MuonCLI"
     settings_named = "--matrix_optimizer, --other_optimizer and --schedule"

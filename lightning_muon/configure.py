@@ -1,4 +1,4 @@
-"""What ``configure_optimizers`` returns to train a LightningModule with a hybrid optimizer."""
+"""configure_hybrid_optimizer: a hybrid optimizer for the ``configure_optimizers`` of any LightningModule."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-# On a command line jsonargparse takes arguments that are given without a class for those of the first return type: of
-# Muon and AdamW. The default stays None, as another class would inherit the arguments of a default. Optimizers of this
-# package come before all others, so that the bare name Muon is not taken for torch.optim.Muon.
+# On a command line, jsonargparse passes arguments without a class to the first return type: Muon or AdamW. The default
+# stays None, because another class would inherit the arguments of a default. Optimizers of this package come before
+# all others, so that the bare name Muon does not mean torch.optim.Muon.
 MatrixOptimizerCallable: TypeAlias = (
     Callable[[Iterable[Any]], Muon] | Callable[[Iterable[Any]], MatrixOptimizer] | OptimizerCallable
 )
@@ -37,7 +37,7 @@ OtherOptimizerCallable: TypeAlias = Callable[[Iterable[Any]], AdamW] | Optimizer
 
 
 REACHED = "_muon_mixin_reached"
-"""While a ``configure_optimizers`` runs: where :func:`configure_hybrid_optimizer` leaves in the module what it made."""
+"""Attribute of a module while its ``configure_optimizers`` runs: what :func:`configure_hybrid_optimizer` returned."""
 
 
 def configure_hybrid_optimizer(
@@ -47,35 +47,34 @@ def configure_hybrid_optimizer(
     schedule: Schedule | None = None,
     parameter_rules: Sequence[ParameterRule] = (),
 ) -> OptimizerLRScheduler:
-    """What ``configure_optimizers`` of any LightningModule may return to train it as :class:`MuonMixin` does.
+    """Build the optimizer of :class:`MuonMixin` for any LightningModule, to return from ``configure_optimizers``.
 
-    Use it to keep a scheduler of your own, or a ``configure_optimizers`` that does more::
+    Use it to keep your own scheduler, or if your ``configure_optimizers`` does more::
 
         def configure_optimizers(self):
             optimizer = configure_hybrid_optimizer(self, matrix_optimizer=partial(Muon, lr=1e-3))
             return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10)}
 
-    Under a Trainer it also adds callbacks: the partition is printed where the Trainer shows its model summary, a
-    schedule ends with the run, a resumed run says what it goes on with, and parameters that join later are trained.
+    Under a Trainer it also adds callbacks. They print the partition if the Trainer shows its model summary, end the
+    schedule with the run, report the settings that a resumed run uses, and train parameters that are added later.
 
     Args:
         module: the module to train.
         matrix_optimizer: called with the param groups of the matrices; None for Muon.
         other_optimizer: called with the other param groups; None for AdamW.
         schedule: multiplier of all learning rates; None to leave them constant.
-        parameter_rules: where parameters go and with which options, on top of what is found by itself.
+        parameter_rules: rules that override the automatic partition: group, layout and options of parameters.
 
     Returns:
-        The :class:`HybridOptimizer`, or with a schedule a dict of Lightning's with ``"optimizer"`` and
-        ``"lr_scheduler"``.
+        The :class:`HybridOptimizer`; with a schedule, Lightning's dict with ``"optimizer"`` and ``"lr_scheduler"``.
 
     Raises:
-        TypeError: if the module is no LightningModule, an optimizer is given instead of what makes one, or the schedule
-            is no ``Schedule``.
-        ValueError: if the schedule needs the length of a run that has none; names ``max_steps``.
-        RuntimeError: if there is a schedule but no Trainer, if the strategy shards matrices into flat pieces, if
-            gradients cannot be differentiated where an optimizer does so, or if a ``LearningRateFinder`` would give
-            groups of different rates one rate.
+        TypeError: if ``module`` is not a LightningModule, an optimizer is given instead of a class or function that
+            builds one, or ``schedule`` is not a ``Schedule``.
+        ValueError: if there is a schedule but the run has no known length; the message says to set ``max_steps``.
+        RuntimeError: if there is a schedule but no Trainer, if the strategy shards matrices into flat pieces, if an
+            optimizer differentiates the gradients but the Trainer makes their derivatives wrong, or if a
+            ``LearningRateFinder`` would set param groups with different learning rates to a single one.
     """
     if not any(base.__name__ == "LightningModule" for base in type(module).__mro__):
         raise TypeError(
@@ -109,13 +108,13 @@ def configure_hybrid_optimizer(
 
 
 def check_settings(matrix_optimizer: object, other_optimizer: object, schedule: object, where: str = "") -> None:
-    """Raise ``TypeError`` unless the settings are what makes optimizers, and a schedule.
+    """Raise ``TypeError`` unless the optimizer settings are callable and the schedule is a ``Schedule``.
 
     Args:
         matrix_optimizer: the setting, or None.
         other_optimizer: likewise.
         schedule: likewise.
-        where: what the settings are attributes of, for the message, e.g. ``"Net."``.
+        where: prefix of the setting's name in the message, e.g. ``"Net."``.
     """
     for name, value in (("matrix_optimizer", matrix_optimizer), ("other_optimizer", other_optimizer)):
         if value is not None and not callable(value):
@@ -143,7 +142,7 @@ def add_matrix_layouts(
 ) -> None:
     """Write into a checkpoint how the running optimizer reads the matrices of a module (:meth:`Partition.layouts`).
 
-    A module without a Trainer, or one that trains without an optimizer of this package, is read under
+    A module without a Trainer, or one that trains without an optimizer of this package, is partitioned with
     ``parameter_rules``.
     """
     trainer = attached_trainer(module)
@@ -155,13 +154,13 @@ def add_matrix_layouts(
 
 
 def watch_parameters(trainer: Trainer, optimizer: HybridOptimizer, rules: Sequence[ParameterRule] = ()) -> None:
-    """Have parameters that join later trained, and those that no optimizer has named; see :class:`LateParameters`."""
+    """Train parameters that are added later, and warn of those in no optimizer; see :class:`LateParameters`."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [LateParameters(optimizer, rules), *(c for c in callbacks if type(c) is not LateParameters)]
 
 
 def _made(module: LightningModule, configured: OptimizerLRScheduler) -> OptimizerLRScheduler:
-    """Tells the ``configure_optimizers`` that is under way, if it asks, what it has been given."""
+    """Record what is returned to the running ``configure_optimizers``, if the mixin checks that method."""
     if REACHED in vars(module):
         vars(module)[REACHED] = configured
     return configured
@@ -170,8 +169,8 @@ def _made(module: LightningModule, configured: OptimizerLRScheduler) -> Optimize
 def _scheduler(schedule: Schedule, optimizer: HybridOptimizer, trainer: Trainer) -> ScheduledLR:
     steps = steps_of_run(trainer)
     if share_of_time(trainer) is not None and steps == float("inf"):
-        return ScheduledLR(optimizer, schedule, steps)  # the clock tells, once the run is under way
-    return schedule.scheduler(optimizer, 1 if steps == 0 else steps)  # a fit of no steps needs no rate
+        return ScheduledLR(optimizer, schedule, steps)  # the clock sets the length during the run
+    return schedule.scheduler(optimizer, 1 if steps == 0 else steps)  # a fit of 0 steps needs no learning rate
 
 
 def _check_strategy(trainer: Trainer) -> None:
@@ -186,13 +185,13 @@ def _check_strategy(trainer: Trainer) -> None:
 def _warn_if_clipped_by_value(trainer: Trainer) -> None:
     if trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm == "value":
         rank_zero_warn(
-            "gradient_clip_algorithm='value' changes the direction of a matrix's gradient, which is what Muon goes by. "
-            "gradient_clip_algorithm='norm' keeps it."
+            "gradient_clip_algorithm='value' changes the direction of a matrix's gradient, on which Muon's update "
+            "depends. Use gradient_clip_algorithm='norm', which keeps the direction."
         )
 
 
 def _check_rate_finder(trainer: Trainer, optimizer: HybridOptimizer) -> None:
-    """A search over one rate says nothing about groups whose rates differ, and what a Tuner finds has to be given."""
+    """Raise if a search over one rate covers groups of different rates; warn if the found rate is not used."""
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     if callbacks_named(trainer, "LearningRateFinder") and len(set(rates.values())) > 1:
         given = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
@@ -208,14 +207,14 @@ def _check_rate_finder(trainer: Trainer, optimizer: HybridOptimizer) -> None:
         held = module.hparams.get(name, getattr(module, name, None))
         if finder._early_exit and finder._update_attr and held not in rates.values():
             rank_zero_warn(
-                f"Tuner.lr_find writes its rate into {type(module).__name__}.{name}, and no param group takes its rate "
-                "from there: the fits that follow do not use it. Give its suggestion() as lr to matrix_optimizer and "
-                "other_optimizer, or use the callback LearningRateFinder, whose rate the fit goes on with."
+                f"Tuner.lr_find writes the learning rate that it finds into {type(module).__name__}.{name}, but no "
+                "param group reads it there: later fits do not use it. Pass its suggestion() as lr to matrix_optimizer "
+                "and other_optimizer, or use the callback LearningRateFinder, which sets the rate of the running fit."
             )
 
 
 def _warn_of_averaging_rate(trainer: Trainer, optimizer: HybridOptimizer) -> None:
-    """StochasticWeightAveraging anneals all groups to one rate where it is given one."""
+    """Warn if StochasticWeightAveraging anneals groups of different rates to a single one."""
     names = [group["name"] for group in optimizer.param_groups]
     rates = {group["lr"] for group in optimizer.param_groups}
     for averaging in callbacks_named(trainer, "StochasticWeightAveraging"):
@@ -228,11 +227,11 @@ def _warn_of_averaging_rate(trainer: Trainer, optimizer: HybridOptimizer) -> Non
 
 
 def _add_callbacks(trainer: Trainer, optimizer: HybridOptimizer) -> None:
-    """What has to happen around the steps of a hybrid; those of an earlier fit are replaced."""
+    """Add the callbacks that a hybrid optimizer needs; replace those of an earlier fit."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = (ScheduleLength, ResumedSettings)
     callbacks[:] = [callback for callback in callbacks if type(callback) not in ours and not _of_earlier_fit(callback)]
-    # First, so that monitors of the learning rate see the rate of the step that comes.
+    # First, so that monitors of the learning rate see the rate of the next step.
     callbacks[:0] = [ScheduleLength(), ResumedSettings(optimizer)]
     if callbacks_named(trainer, "ModelSummary") and not callbacks_named(trainer, "PartitionSummary"):
         summary = PartitionSummary()
@@ -248,7 +247,7 @@ def _of_earlier_fit(callback: Callback) -> bool:
 
 
 def _needed_by_children(trainer: Trainer, optimizer: HybridOptimizer) -> list[type[CreateGraph] | type[OptimizerModes]]:
-    """What optimizers of other packages need around the step; nothing for most."""
+    """Callbacks that optimizers of other packages need; most need none."""
     needed: list[type[CreateGraph] | type[OptimizerModes]] = []
     children = optimizer.optimizers.values()
     if any(map(has_modes, children)):
@@ -257,8 +256,9 @@ def _needed_by_children(trainer: Trainer, optimizer: HybridOptimizer) -> list[ty
     if second_order:
         if trainer.world_size > 1 or getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise RuntimeError(
-                f"{second_order[0]} differentiates the gradients, and those that several processes average or a "
-                "gradient scaler scales have the wrong derivatives. Train in one process without '16-mixed'."
+                f"{second_order[0]} differentiates the gradients, but gradients that are averaged over processes or "
+                "scaled by a gradient scaler have wrong derivatives. Train in one process, without "
+                "precision='16-mixed'."
             )
         needed.append(CreateGraph)
     return needed

@@ -47,33 +47,33 @@ else:
 class MuonMixin(_ModuleMethods):
     """Base class, listed before ``LightningModule``, that trains hidden matrices with Muon and the rest with AdamW.
 
-    It defines ``configure_optimizers``; nothing else in the module changes. Modules of ``lightning.pytorch`` and of
-    ``pytorch_lightning`` can have it. Hand ``**kwargs`` on to ``super().__init__`` and the settings below become
-    arguments of your module, in Python, on the command line and in YAML.
+    It defines ``configure_optimizers``; nothing else in the module changes. It works with modules of
+    ``lightning.pytorch`` and of ``pytorch_lightning``. Pass ``**kwargs`` to ``super().__init__``, and the settings
+    below become arguments of your module, in Python, on the command line and in YAML.
 
-    Where a base class has a ``configure_optimizers`` too, the mixin's is used, and a warning at the start of the fit
-    says which optimizer, learning rate and scheduler are not. A ``configure_optimizers`` in the class itself is used
-    in place of the mixin's, and has to call ``super().configure_optimizers()``: do that to keep a scheduler of your
-    own. See also :func:`lightning_muon.configure_hybrid_optimizer`.
+    The mixin's ``configure_optimizers`` overrides that of a base class. A warning at the start of the fit then names
+    the optimizer, learning rate and scheduler that are not used. A ``configure_optimizers`` in the class itself
+    overrides the mixin's, and has to call ``super().configure_optimizers()``: write one to keep your own scheduler.
+    See also :func:`lightning_muon.configure_hybrid_optimizer`.
 
-    A module constructed in Python keeps these settings out of its checkpoints, which hold no code: give them again to
-    ``load_from_checkpoint`` if the loaded module is to be trained further. A command line stores what was given as
-    configuration, and the loaded module has it again. In both cases a parent class without the mixin can load the
-    checkpoint.
+    Checkpoints hold no code, so a module constructed in Python does not save these settings: to train the loaded
+    module further, pass them to ``load_from_checkpoint`` again. A command line saves its settings as configuration,
+    and the loaded module has them. In both cases a parent class without the mixin can load the checkpoint.
 
     Args:
-        *args: handed on to the next class.
+        *args: passed to the next class.
         matrix_optimizer: called with the param groups of the matrices: a class or ``functools.partial(Muon, lr=1e-3)``.
-            Any ``torch.optim.Optimizer`` will do. None for :class:`lightning_muon.Muon`.
+            Any ``torch.optim.Optimizer`` works. None for :class:`lightning_muon.Muon`.
         other_optimizer: called with the param groups of all other parameters; None for ``torch.optim.AdamW``.
         schedule: multiplier of all learning rates, e.g. ``Cosine(warmup=0.02)``; None to leave them constant.
-        parameter_rules: where parameters go and with which options, on top of what is found by itself.
-        **kwargs: handed on to the next class.
+        parameter_rules: rules that override the automatic partition: group, layout and options of parameters.
+        **kwargs: passed to the next class.
 
     Raises:
-        TypeError: at class definition, if a ``LightningModule`` stands before the mixin among the bases. At
-            construction, if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
-        AttributeError: if the module uses the name of a setting for something of its own.
+        TypeError: at class definition, if a ``LightningModule`` comes before the mixin among the bases. At
+            construction, if an optimizer is given instead of a class or function that builds one, or ``schedule`` is
+            not a ``Schedule``.
+        AttributeError: if the module uses the name of a setting for something else.
         RuntimeError: at the start of a fit, if a ``configure_optimizers`` of the class never calls the mixin's.
 
     Example::
@@ -104,7 +104,7 @@ class MuonMixin(_ModuleMethods):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # What is not given stays as the class has it: a subclass may set it for all its instances.
+        # A subclass may set defaults for all its instances: only arguments that are given override them.
         if matrix_optimizer is not None:
             self.matrix_optimizer = matrix_optimizer
         if other_optimizer is not None:
@@ -120,7 +120,7 @@ class MuonMixin(_ModuleMethods):
         if any(_is_lightning_module(base) for base in before):
             bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not MuonMixin)
             raise TypeError(
-                f"MuonMixin must stand before LightningModule among the bases of {cls.__name__}, or its settings and "
+                f"MuonMixin must come before LightningModule among the bases of {cls.__name__}, or its settings and "
                 f"configure_optimizers are never reached. Write `class {cls.__name__}(MuonMixin, {bases})`."
             )
         check_names(cls, MuonMixin)
@@ -134,41 +134,41 @@ class MuonMixin(_ModuleMethods):
             _check_not_replaced(self)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As in torch; the names of the mixin's settings are taken."""
+        """As in torch; the names of the mixin's settings are reserved."""
         if name in SETTINGS:
             raise name_taken(type(self).__name__, name, "a submodule")
         super().add_module(name, module)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch; the names of the mixin's settings are taken."""
+        """As in torch; the names of the mixin's settings are reserved."""
         if name in SETTINGS:
             raise name_taken(type(self).__name__, name, "a parameter")
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """As in torch; the names of the mixin's settings are taken."""
+        """As in torch; the names of the mixin's settings are reserved."""
         if name in SETTINGS:
             raise name_taken(type(self).__name__, name, "a buffer")
         super().register_buffer(name, *args, **kwargs)
 
     def partition(self) -> Partition:
-        """Which optimizer takes each parameter of this module, and why; its ``table()`` prints with Rich.
+        """Return which optimizer takes each parameter of this module, and why; ``table()`` prints with Rich.
 
-        A module that is built in ``configure_model`` has its parameters only after that.
+        If ``configure_model`` builds the module, call it first.
         """
         return partition_parameters(self, self.parameter_rules)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One :class:`lightning_muon.HybridOptimizer`, and its scheduler if there is a schedule.
+        """Build one :class:`lightning_muon.HybridOptimizer`, and its scheduler if there is a schedule.
 
         Raises:
-            ValueError: if the schedule needs the length of a run that has none; names ``max_steps``.
-            RuntimeError: if there is a schedule but no Trainer to say how long the run is, or if the strategy shards
-                matrices into flat pieces.
+            ValueError: if there is a schedule but the run has no known length; the message says to set ``max_steps``.
+            RuntimeError: if there is a schedule but no Trainer, which knows the length of the run, or if the strategy
+                shards matrices into flat pieces.
         """
         check_settings(self.matrix_optimizer, self.other_optimizer, self.schedule, f"{type(self).__name__}.")
         warn_of_inner_settings(self)
-        _check_handed_on(self)
+        _check_passed_on(self)
         keep = f"return it with the optimizer of super().configure_optimizers() from a method of {type(self).__name__}"
         return configure_in_place_of(
             own_method(type(self), after=MuonMixin) if attached_trainer(self) is not None else None,
@@ -178,15 +178,15 @@ class MuonMixin(_ModuleMethods):
         )
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Nothing to add; the first hook of a run, used to refuse an optimizer that would replace this one unseen."""
+        """Adds no callback; as the first hook of a run, raises if another optimizer silently replaced the mixin's."""
         _watch_methods(type(self))  # the class may have got a method since it was defined
         _check_not_replaced(self)
         return super().configure_callbacks()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how the matrices are read, under ``"matrix_layouts"``, for ``lightning-muon spectra``.
+        """Saves the layouts of the matrices under ``"matrix_layouts"``, for ``lightning-muon spectra``.
 
-        Settings that the hyperparameters hold move to ``"muon_settings"``, so that a parent class without the mixin
+        Settings among the hyperparameters move to ``"muon_settings"``, so that a parent class without the mixin
         can load the checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
@@ -199,13 +199,13 @@ class MuonMixin(_ModuleMethods):
                 checkpoint[_SAVED_SETTINGS] = {name: hparams.pop(name) for name in ours}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes those settings from the checkpoint that were not given to this module, and says so in a fit."""
+        """Takes settings that were not given to this module from the checkpoint; in a fit, a message names them."""
         super().on_load_checkpoint(checkpoint)
         saved = {k: v for k, v in checkpoint.get(_SAVED_SETTINGS, {}).items() if not getattr(self, k)}
         for name, value in (settings_made_of(saved) if saved else {}).items():
             setattr(self, name, value)
         if saved and attached_trainer(self) is not None:
-            rank_zero_info(f"Not given, and taken from the checkpoint: {', '.join(sorted(saved))}.")
+            rank_zero_info(f"These settings were not given and come from the checkpoint: {', '.join(sorted(saved))}.")
 
     def save_hyperparameters(
         self,
@@ -214,7 +214,7 @@ class MuonMixin(_ModuleMethods):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """As in Lightning, less the mixin's settings that were not given, or are objects, which no checkpoint holds."""
+        """As in Lightning, without the mixin's settings that were not given or are objects: checkpoints hold none."""
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
         own = own_arguments(type(self), MuonMixin)
@@ -230,14 +230,14 @@ class MuonMixin(_ModuleMethods):
 
 
 _TAKEN = "_muon_mixin_taken"
-"""Where a module keeps the names of settings that an argument of its own constructor took."""
+"""Attribute of a module: the names of settings that are arguments of its own constructor."""
 
 _SAVED_SETTINGS = "muon_settings"
-"""Where a checkpoint keeps the settings that a command line gave, as configuration."""
+"""Key in a checkpoint of the settings from a command line, as configuration."""
 
 
-def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``configure_optimizers`` that stands before the mixin's, and has to end in it."""
+def _checked_configure_optimizers(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a ``configure_optimizers`` that overrides the mixin's, to check that it returns the mixin's optimizer."""
 
     @functools.wraps(method)
     def configure_optimizers(self: MuonMixin) -> Any:
@@ -247,11 +247,11 @@ def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
             configured = method(self)
             made = vars(self)[REACHED]
         except (AttributeError, TypeError) as error:
-            if isinstance(vars(self)[REACHED], dict):  # taken for the optimizer that it is without a schedule
+            if isinstance(vars(self)[REACHED], dict):  # the method took this dict for an optimizer
                 raise RuntimeError(
                     f"{method.__qualname__} failed ({error}). {type(self).__name__} has schedule={self.schedule!r}, so "
-                    "that super().configure_optimizers() returns a dict of the optimizer and its scheduler. Give no "
-                    "schedule where configure_optimizers adds a scheduler of its own."
+                    "that super().configure_optimizers() returns a dict of the optimizer and its scheduler. Leave out "
+                    "schedule if configure_optimizers adds its own scheduler."
                 ) from error
             raise
         finally:
@@ -268,16 +268,19 @@ def _reaching_ours(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _watch_methods(cls: type[MuonMixin]) -> None:
-    """Check what methods do that stand before the mixin's in the order of calls: nobody has to call super() for it."""
+    """Wrap methods that override the mixin's, so that they are checked even if they do not call ``super()``."""
     before = cls.__mro__[: cls.__mro__.index(MuonMixin)]
-    for name, checked in (("configure_optimizers", _reaching_ours), ("configure_callbacks", _unless_replaced)):
+    for name, checked in (
+        ("configure_optimizers", _checked_configure_optimizers),
+        ("configure_callbacks", _checked_configure_callbacks),
+    ):
         owner = next((base for base in before if name in vars(base)), None)
         if owner is not None and not hasattr(vars(owner)[name], "_checked_by_muon_mixin"):
             setattr(cls, name, checked(as_function(owner, name)))
 
 
-def _unless_replaced(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``configure_callbacks`` that stands before the mixin's."""
+def _checked_configure_callbacks(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a ``configure_callbacks`` that overrides the mixin's, to check that no other optimizer replaced it."""
 
     @functools.wraps(method)
     def configure_callbacks(self: MuonMixin) -> Any:
@@ -289,7 +292,7 @@ def _unless_replaced(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_own(module: MuonMixin, method: Callable[..., Any], configured: Any) -> None:
-    """Refuse what a ``configure_optimizers`` made that never called the mixin's, unless it is a hybrid by itself."""
+    """Raise if a ``configure_optimizers`` never called the mixin's, unless it returned a hybrid optimizer."""
     given = [name for name in SETTINGS if getattr(module, name)]
     optimizers, _ = optimizers_in(configured)
     hybrids = [optimizer for optimizer in optimizers if isinstance(optimizer, HybridOptimizer)]
@@ -308,7 +311,7 @@ def _check_own(module: MuonMixin, method: Callable[..., Any], configured: Any) -
 
 
 def _check_returned(module: MuonMixin, method: Callable[..., Any], made: Any, configured: Any) -> None:
-    """Refuse a ``configure_optimizers`` that calls the mixin's and drops its optimizer."""
+    """Raise if a ``configure_optimizers`` called the mixin's and does not return that optimizer."""
     (hybrid, *_), _ = optimizers_in(made)
     optimizers, _ = optimizers_in(configured)
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
@@ -327,27 +330,27 @@ def _check_not_replaced(module: MuonMixin) -> None:
             f"{type(module).__name__}.configure_optimizers of MuonMixin was replaced on the instance, as "
             "LightningCLI does for --optimizer. Leave out --optimizer and --lr_scheduler, and set "
             "model.matrix_optimizer, model.other_optimizer and model.schedule. MuonCLI and "
-            "LightningCLI(auto_configure_optimizers=False) do without these options."
+            "LightningCLI(auto_configure_optimizers=False) do not have these options."
         )
 
 
-def _check_handed_on(module: MuonMixin) -> None:
+def _check_passed_on(module: MuonMixin) -> None:
     lost = [name for name in vars(module).get(_TAKEN, ()) if not getattr(module, name)]
     if lost:
         raise RuntimeError(
-            f"{type(module).__name__}.__init__ takes {lost[0]} itself and does not hand it to super().__init__, so "
-            "that MuonMixin never gets it. Hand it on, or give the argument another name."
+            f"{type(module).__name__}.__init__ takes {lost[0]} itself and does not pass it to super().__init__, so "
+            "that MuonMixin never gets it. Pass it on, or give the argument another name."
         )
 
 
 def warn_of_inner_settings(module: nn.Module) -> None:
-    """Warn of settings that mixin modules inside ``module`` were given, which its own optimizer does not use."""
+    """Warn of settings given to mixin modules inside ``module``: the optimizer of ``module`` does not use them."""
     for name, part in module.named_modules():
         given = [key for key in SETTINGS if part is not module and isinstance(part, MuonMixin) and getattr(part, key)]
         if given:
             rank_zero_warn(
                 f"The inner module {name!r} ({type(part).__name__}) has settings that are not used: "
-                f"{', '.join(given)}. Those of {type(module).__name__} hold for all of it. Give them there; rules "
+                f"{', '.join(given)}. Only those of {type(module).__name__} are used. Give them there; rules "
                 f"select by name, e.g. ParameterRule(pattern='{name}.*', options={{'lr': 1e-3}})."
             )
 

@@ -1,4 +1,4 @@
-"""What is said of a ``configure_optimizers`` that a hybrid optimizer takes the place of."""
+"""Replaces the ``configure_optimizers`` of a module by a hybrid optimizer, and warns of what is no longer used."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PLAIN = (bool, int, float, str)
 
 
 def own_method(cls: type, after: type | None = None) -> Callable[..., Any] | None:
-    """The ``configure_optimizers`` that a module's author wrote; None where there is only Lightning's empty one.
+    """Return the ``configure_optimizers`` of the module's author; None if there is only Lightning's empty one.
 
     Args:
         cls: the module's class.
-        after: look only behind this class in the order of calls.
+        after: search only the classes after this one in the method resolution order.
     """
     mro = cls.__mro__ if after is None else cls.__mro__[cls.__mro__.index(after) + 1 :]
     owner = next((base for base in mro if "configure_optimizers" in vars(base)), None)
@@ -39,7 +39,7 @@ def own_method(cls: type, after: type | None = None) -> Callable[..., Any] | Non
 
 
 def as_function(owner: type, name: str) -> Callable[[Any], Any]:
-    """What a class defines as a method, which may be a partialmethod or a property, as a function of the instance."""
+    """Return a method of a class, which may be a partialmethod or a property, as a function of the instance."""
     method = vars(owner)[name]
 
     def call(instance: Any) -> Any:
@@ -53,7 +53,7 @@ def as_function(owner: type, name: str) -> Callable[[Any], Any]:
 
 
 def optimizers_in(configured: Any) -> tuple[list[Optimizer], list[Any]]:
-    """Optimizers and schedulers in what ``configure_optimizers`` returned, in any of the forms that Lightning takes."""
+    """Return the optimizers and schedulers in the result of ``configure_optimizers``, in any form Lightning accepts."""
     if isinstance(configured, Optimizer):
         return [configured], []
     if isinstance(configured, Mapping):
@@ -68,12 +68,12 @@ def optimizers_in(configured: Any) -> tuple[list[Optimizer], list[Any]]:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What takes the place of a ``configure_optimizers``, in the words of the messages.
+    """Words for the messages about a replaced ``configure_optimizers``.
 
     Args:
-        by: e.g. ``"UseMuon"``.
-        settings: names of the settings that count now.
-        keep: how to keep a scheduler of one's own.
+        by: what replaces it, e.g. ``"UseMuon"``.
+        settings: names of the settings to use instead.
+        keep: how to keep your own scheduler.
     """
 
     by: str
@@ -84,18 +84,18 @@ class Replacement:
 def configure_in_place_of(
     method: Callable[..., Any] | None, module: LightningModule, replacement: Replacement, **settings: Any
 ) -> OptimizerLRScheduler:
-    """:func:`configure_hybrid_optimizer`, with a warning of what a method that it replaces would have made.
+    """Call :func:`configure_hybrid_optimizer` instead of ``method``, and warn of what ``method`` would have made.
 
-    A method that makes a hybrid optimizer by itself is not replaced.
+    A method that makes a hybrid optimizer itself is not replaced.
 
     Args:
-        method: the function that is replaced, not bound; None if there is none.
+        method: the unbound function to replace; None if there is none.
         module: the module.
         replacement: the words of the warning.
         **settings: of :func:`configure_hybrid_optimizer`.
 
     Raises:
-        RuntimeError: if what the method makes cannot be replaced; see :func:`look_at`.
+        RuntimeError: if the method cannot be replaced; see :func:`look_at`.
     """
     if method is None:
         return configure_hybrid_optimizer(module, **settings)
@@ -104,7 +104,7 @@ def configure_in_place_of(
         given = [name for name, value in settings.items() if value]
         if given:
             raise RuntimeError(
-                f"{own.name} makes a HybridOptimizer by itself, which is used: {' and '.join(given)} of "
+                f"{own.name} makes a HybridOptimizer itself, and that one is used: {' and '.join(given)} of "
                 f"{replacement.by} would have no effect. Give them in {own.name}."
             )
         return own.hybrid
@@ -115,14 +115,14 @@ def configure_in_place_of(
 
 @dataclass(frozen=True)
 class OwnOptimizers:
-    """What a module's own ``configure_optimizers`` makes, when something else is used in its place.
+    """What a replaced ``configure_optimizers`` makes.
 
     Args:
-        name: of the method.
-        described: what is not used, in a sentence: optimizers with their rates, and schedulers.
+        name: name of the method.
+        described: clause that names what is not used: optimizers with their learning rates, and schedulers.
         reads: hyperparameters and attributes that its code reads, with their values.
         left_out: names of the trainable parameters that none of its optimizers has.
-        hybrid: what it returned, if that is a hybrid optimizer; None otherwise.
+        hybrid: the return value if it has a hybrid optimizer; None otherwise.
     """
 
     name: str
@@ -133,16 +133,16 @@ class OwnOptimizers:
 
 
 def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> OwnOptimizers:
-    """Call a ``configure_optimizers`` that is to be replaced, once, to say what it makes.
+    """Call the ``configure_optimizers`` to be replaced once, and describe what it makes.
 
     Args:
         module: the module.
-        method: the function, not bound.
-        by: what takes its place, e.g. ``"UseMuon"``.
+        method: the unbound function.
+        by: what replaces it, e.g. ``"UseMuon"``.
 
     Raises:
-        RuntimeError: if what it makes cannot be replaced: several optimizers, a scheduler that the module steps by
-            itself, or an optimizer of the lesser part of the model.
+        RuntimeError: if it cannot be replaced: it makes several optimizers, a scheduler that the module steps itself,
+            or an optimizer that has less than half of the trainable elements.
     """
     name = method.__qualname__
     try:
@@ -150,7 +150,7 @@ def look_at(module: LightningModule, method: Callable[..., Any], by: str) -> Own
             warnings.simplefilter("ignore")
             returned = method(module)
         optimizers, schedulers = optimizers_in(returned)
-    except Exception as error:  # whatever it needs, it is not used
+    except Exception as error:  # its result is not used, so that any error may be ignored
         described = f"its optimizer, learning rate and scheduler (it raises {type(error).__name__}) are not used"
         return OwnOptimizers(name, described, _settings_read(module, method), [])
     if any(isinstance(optimizer, HybridOptimizer) for optimizer in optimizers):
@@ -181,8 +181,8 @@ def _check_replaceable(
         )
     if schedulers and not module.automatic_optimization:
         raise RuntimeError(
-            f"{name} returns the scheduler {type(schedulers[0]).__name__}, which {type(module).__name__} steps by "
-            f"itself (manual optimization), and {by} would leave it none to step. Turn the scheduler off in the "
+            f"{name} returns the scheduler {type(schedulers[0]).__name__}, which {type(module).__name__} steps "
+            f"itself (manual optimization); with {by} there would be none to step. Turn the scheduler off in the "
             "module's settings, or return it from configure_optimizers with "
             f"lightning_muon.configure_hybrid_optimizer(self, ...), and leave out {by}."
         )
@@ -191,19 +191,19 @@ def _check_replaceable(
 def _check_coverage(
     name: str, by: str, optimizers: Sequence[Optimizer], left_out: Sequence[tuple[str, Tensor]], total: int
 ) -> None:
-    """An optimizer of the lesser part of a model: the rest is to stay, or something else trains it."""
+    """Raise if an optimizer has less than half of the elements: the rest may be meant to stay as it is."""
     missing = sum(parameter.numel() for _, parameter in left_out)
     if 2 * missing > total:
         raise RuntimeError(
-            f"{name} gives {type(optimizers[0]).__name__} {total - missing} of {total} trainable weights, and leaves "
-            f"out {left_out[0][0]}, for one. {by} would train them all. If the others are to stay as they are, freeze "
-            "them with requires_grad_(False). If the module trains them by other means (pyro, optimizers of its own), "
-            f"leave out {by}: it cannot replace those."
+            f"{name} gives {type(optimizers[0]).__name__} {total - missing} of {total} trainable elements and leaves "
+            f"out e.g. {left_out[0][0]}. {by} would train all of them. To keep the others as they are, freeze them "
+            "with requires_grad_(False). If the module trains them by other means (pyro, its own optimizers), leave "
+            f"out {by}: it cannot replace those."
         )
 
 
 def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replacement) -> str:
-    """What is not used, what is used in its place, and what to write instead."""
+    """Return the warning: what is not used, what is used in its place, and what to write instead."""
     by = replacement.by
     no_effect = f" It reads {', '.join(own.reads)}, which no longer change the optimizer." if own.reads else ""
     shown = ", ".join(own.left_out[:4]) + (f" and {len(own.left_out) - 4} more" if len(own.left_out) > 4 else "")
@@ -233,7 +233,7 @@ def _used(configured: Any) -> str:
     assert isinstance(hybrid, HybridOptimizer)
     children = " and ".join(f"{_describe(child)} for {name!r}" for name, child in hybrid.optimizers.items())
     schedule = ", ".join(repr(getattr(scheduler, "schedule", scheduler)) for scheduler in schedulers)
-    return f"The fit uses {children}, {schedule or 'at constant rates'}."
+    return f"The fit uses {children}, {schedule or 'at constant learning rates'}."
 
 
 def _settings_read(module: LightningModule, function: Callable[..., Any]) -> list[str]:

@@ -19,10 +19,10 @@ SAVED_SCHEDULE = "schedule_name"
 class Schedule(ABC):
     """A multiplier of all learning rates that depends on nothing but progress, so that their ratios stay as set.
 
-    The multiplier rises linearly from 0 to 1 over the warmup; a subclass says what follows in :meth:`after_warmup`.
+    The multiplier rises linearly from 0 to 1 over the warmup; a subclass defines the rest in :meth:`after_warmup`.
     Lengths below 1 are fractions of the run, lengths of 1 or more are optimizer steps. Step ``i`` of ``n`` takes the
-    value in the middle of its interval, at progress ``(i + 1/2) / n``: neither the first step of a warmup nor the last
-    step of a decay to zero is spent at a learning rate of 0.
+    value in the middle of its interval, at progress ``(i + 1/2) / n``. So neither the first step of a warmup nor the
+    last step of a decay to zero has a learning rate of 0.
 
     Args:
         warmup: length of the warmup; 0 for none.
@@ -35,10 +35,10 @@ class Schedule(ABC):
         self.warmup = _checked_length("warmup", warmup)
 
     def __call__(self, progress: float, total_steps: float | None = None) -> float:
-        """The multiplier once a share ``progress`` of the run is done.
+        """Return the multiplier at a point of the run.
 
         Args:
-            progress: from 0 (start) to 1 (end); what lies beyond the end keeps the final value.
+            progress: share of the run that is done, from 0 (start) to 1 (end); beyond 1 the final value stays.
             total_steps: optimizer steps of the run, needed where a length is given in steps.
 
         Raises:
@@ -60,7 +60,7 @@ class Schedule(ABC):
         return self((step + 0.5) / total_steps, total_steps)
 
     def scheduler(self, optimizer: Optimizer, total_steps: float, last_epoch: int = -1) -> ScheduledLR:
-        """A scheduler that applies this schedule to every param group; call its ``step()`` after each optimizer's.
+        """Return a scheduler that applies this schedule to every param group; call ``step()`` after the optimizer's.
 
         Args:
             optimizer: the optimizer to schedule.
@@ -93,10 +93,10 @@ class Schedule(ABC):
 class ScheduledLR(LambdaLR):
     """Sets the learning rate of each param group to its own peak rate times the multiplier of a schedule.
 
-    It is a ``torch.optim.lr_scheduler.LambdaLR`` with one multiplier for all groups. It also takes groups that join
-    during the run, as when layers are unfrozen: the rate that a group is added with is its rate at the peak of the
-    schedule. Its state is the number of steps taken and the name of the schedule: a resumed run follows the schedule,
-    and the length of the run, that it is given anew, and a warning says so where the saved schedule was another.
+    It is a ``torch.optim.lr_scheduler.LambdaLR`` with one multiplier for all groups. Groups may join during the run,
+    e.g. when layers are unfrozen: the learning rate of a new group is its rate at the peak of the schedule. The state
+    holds the number of steps taken and the name of the schedule. A resumed run follows the schedule and the length of
+    the run that are given to it; if the saved schedule was another, a warning says so.
 
     Args:
         optimizer: the optimizer to schedule.
@@ -112,11 +112,11 @@ class ScheduledLR(LambdaLR):
 
     @property
     def lr_lambdas(self) -> list[Callable[[int], float]]:  # type: ignore[override]
-        """The multiplier of each step, once a group, as callbacks that add groups look it up."""
+        """The multiplier as a function of the step, once per group: callbacks that add groups read this list."""
         return [lambda step: self.schedule.at_step(step, self.total_steps)] * len(self.optimizer.param_groups)
 
     def get_lr(self) -> list[Any]:
-        """The learning rates of the step that comes next, one a group."""
+        """Return the learning rates of the next step, one per group."""
         multiplier = self.schedule.at_step(self.last_epoch, self.total_steps)
         return [group.setdefault("initial_lr", group["lr"]) * multiplier for group in self.optimizer.param_groups]
 
@@ -124,7 +124,7 @@ class ScheduledLR(LambdaLR):
         """Change the length of the run, and the learning rates of the next step with it.
 
         Args:
-            total_steps: optimizer steps of the whole run, those that are done included.
+            total_steps: optimizer steps of the whole run, including those that are done.
         """
         self.total_steps = total_steps
         self._last_lr = self.get_lr()
@@ -135,22 +135,22 @@ class ScheduledLR(LambdaLR):
                 group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, which a checkpoint loads with ``weights_only=True``."""
+        """Return the state in plain values, which load with ``weights_only=True``."""
         state: dict[str, Any] = LRScheduler.state_dict(self)
         kept = {key: value for key, value in state.items() if key not in ("schedule", "total_steps")}
         return {**kept, SAVED_SCHEDULE: repr(self.schedule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the step at which ``state_dict`` was saved; warns if that was under another schedule.
+        """Continue from the step at which ``state_dict`` was saved; warn if the saved schedule was another.
 
-        The state of a scheduler of another kind, which counts epochs perhaps, is not loaded: the schedule starts anew.
+        The state of a scheduler of another class is not loaded, as it may count epochs: the schedule starts anew.
         """
         own = LRScheduler.state_dict(self).keys() - {"schedule", "total_steps"}
         foreign = sorted(k for k in state_dict if k not in {*own, SAVED_SCHEDULE, "verbose"} and not k.startswith("_"))
         if foreign:
             warnings.warn(
-                f"The saved run had a scheduler of another kind (its state has {', '.join(foreign)}), which is not "
-                f"loaded: {self.schedule!r} starts anew.",
+                f"The saved run had a scheduler of another kind (its state has {', '.join(foreign)}). Its state is "
+                f"not loaded: {self.schedule!r} starts anew.",
                 stacklevel=2,
             )
             return
@@ -158,7 +158,7 @@ class ScheduledLR(LambdaLR):
         saved = state_dict.get(SAVED_SCHEDULE)
         if saved is not None and saved != repr(self.schedule):
             warnings.warn(
-                f"The saved run had the schedule {saved}. This one goes on at step {self.last_epoch} with "
+                f"The saved run had the schedule {saved}. This run goes on at step {self.last_epoch} with "
                 f"{self.schedule!r}, the schedule that is given now.",
                 stacklevel=2,
             )
@@ -269,7 +269,7 @@ class WarmupStableDecay(Schedule):
 def _checked_length(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(
-            f"{name} must be 0 or more, got {value}: below 1 a fraction of the run, from 1 on a number of steps."
+            f"{name} must be 0 or more, got {value}. Below 1 it is a fraction of the run, from 1 on a number of steps."
         )
     if value >= 1 and value != int(value):
         raise ValueError(f"{name}={value} is read as a number of steps, because it is not below 1, and must be whole.")
@@ -286,7 +286,7 @@ def _share_of_run(name: str, length: float, total_steps: float | None) -> float:
     if length < 1:
         return length
     if total_steps is None:
-        raise ValueError(f"{name}={length:g} is a number of steps: give total_steps, the length of the run, too.")
+        raise ValueError(f"{name}={length:g} is a number of steps: also give total_steps, the length of the run.")
     return length / total_steps
 
 

@@ -1,4 +1,4 @@
-"""The mixin's settings: their names, which a module may not use for something else, and their place in checkpoints."""
+"""The mixin's settings: checks of their reserved names, and how hyperparameters and checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = ("matrix_optimizer", "other_optimizer", "schedule", "parameter_rules"
 
 
 def check_names(cls: type, mixin: type) -> None:
-    """Raise if a class, or a base that the mixin hides, uses the name of a setting for something of its own."""
+    """Raise if a class, or a base that the mixin hides, uses the name of a setting for something else."""
     hidden = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
     for name in SETTINGS:
         for base in (base for base in hidden if name in vars(base)):
@@ -33,7 +33,7 @@ def check_names(cls: type, mixin: type) -> None:
 
 
 def check_setting(module: str, name: str, value: Any) -> None:
-    """Raise unless a value can be the setting: the module may be using the name for something of its own."""
+    """Raise unless a value can be the setting: the module may use the name for something else."""
     if name == "parameter_rules":
         plausible = value is None or (
             isinstance(value, Sequence) and all(isinstance(rule, ParameterRule) for rule in value)
@@ -47,26 +47,24 @@ def check_setting(module: str, name: str, value: Any) -> None:
     try:
         check_settings(**settings, where=f"{module}.")
     except TypeError as error:
-        raise TypeError(
-            f"{error} ({name} is a setting of MuonMixin: what the module keeps for itself needs another name.)"
-        ) from None
+        raise TypeError(f"{error} ({name} is a setting of MuonMixin: give your attribute another name.)") from None
 
 
 def name_taken(module: str, name: str, kind: str) -> AttributeError:
     return AttributeError(
-        f"{module}.{name} is a setting of MuonMixin and cannot be {kind} of the module's own. Give that another name."
+        f"{module}.{name} is a setting of MuonMixin and cannot be {kind}. Give your attribute another name."
     )
 
 
 def own_arguments(cls: type, mixin: type) -> set[str]:
-    """Names among the settings that a constructor of the module lists itself, so that they are its hyperparameters."""
+    """Names of settings that a constructor of the module lists itself: they are hyperparameters of the module."""
     before = cls.__mro__[: cls.__mro__.index(mixin)]
     listed = [inspect.signature(base.__init__).parameters for base in before if "__init__" in vars(base)]  # type: ignore[misc]
     return {name for name in SETTINGS if any(name in parameters for parameters in listed)}
 
 
 def settings_made_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Optimizers, schedule and rules of their configuration."""
+    """Instantiate optimizers, schedule and rules from their configuration."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_function_arguments(configure_hybrid_optimizer, skip={"module"})
     instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name before jsonargparse 4.49
@@ -75,14 +73,14 @@ def settings_made_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_configuration(value: Any) -> bool:
-    """Whether a hyperparameter is a setting as a command line gives it, and not something of the module's own."""
+    """Whether a hyperparameter is the configuration of a setting, from a command line, and not the module's own."""
     if isinstance(value, list):
         return all(isinstance(item, dict) for item in value)
     return isinstance(value, dict) and "class_path" in value
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``value`` is made of what a checkpoint loads with ``weights_only=True`` and YAML shows as text."""
+    """Whether ``value`` has only types that load with ``weights_only=True`` and that YAML shows as text."""
     if isinstance(value, dict):
         return all(is_plain(item) for item in value.values())
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""UseMuon: the callback that trains a LightningModule of somebody else with Muon."""
+"""UseMuon: a callback that trains any LightningModule with Muon."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ if TYPE_CHECKING:
 class UseMuon(Callback):
     """Trains hidden matrices with Muon and the rest with AdamW, in a module that stays as it is.
 
-    For modules that you cannot or do not want to give :class:`MuonMixin`, and for packages that build the module, its
-    optimizer or the Trainer themselves and take ``callbacks``. During a fit it stands in for the module's
-    ``configure_optimizers``; a warning says which optimizer, learning rate and scheduler are not used. After the fit
-    the module is as it was, and its checkpoints load in its own class: ``Theirs.load_from_checkpoint(path)``. To go
-    on from a checkpoint (``fit(ckpt_path=...)``) give the callback with the same settings. Checkpoints hold
-    ``"matrix_layouts"`` for ``lightning-muon spectra``, except those saved with ``save_weights_only=True``: Lightning
-    does not call callbacks for them.
+    Use it for modules that cannot have :class:`MuonMixin`, and with packages that build the module, its optimizer or
+    the Trainer themselves and accept ``callbacks``. During a fit it replaces the module's ``configure_optimizers``; a
+    warning names the optimizer, learning rate and scheduler that are not used. After the fit the module is as before,
+    and its checkpoints load in its own class: ``Theirs.load_from_checkpoint(path)``. To resume from a checkpoint
+    (``fit(ckpt_path=...)``), give the callback with the same settings. Checkpoints hold ``"matrix_layouts"`` for
+    ``lightning-muon spectra``, except those saved with ``save_weights_only=True``: Lightning does not call callbacks
+    for them.
 
-    It runs in Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``. Lightning wants every module to define a
-    ``configure_optimizers``: one that does not needs one that returns None, or the mixin, or :class:`MuonCLI`. One that
-    makes a :class:`HybridOptimizer` by itself is left alone.
+    It works in Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``. Lightning requires every module to
+    define ``configure_optimizers``. If yours does not, add one that returns None, or use the mixin or
+    :class:`MuonCLI`. A ``configure_optimizers`` that makes a :class:`HybridOptimizer` itself is not replaced.
 
     Args:
         matrix_optimizer: called with the param groups of the matrices: a class or ``functools.partial(Muon, lr=1e-3)``.
             None for :class:`lightning_muon.Muon`.
         other_optimizer: called with the param groups of all other parameters; None for ``torch.optim.AdamW``.
         schedule: multiplier of all learning rates, e.g. ``Cosine(warmup=0.02)``; None to leave them constant.
-        parameter_rules: where parameters go and with which options, on top of what is found by itself.
+        parameter_rules: rules that override the automatic partition: group, layout and options of parameters.
 
     Raises:
-        TypeError: if an optimizer is given instead of what makes one, or the schedule is not a ``Schedule``.
-        RuntimeError: at the start of a fit, if the module has :class:`MuonMixin`, if an optimizer was put on the
-            instance, as ``LightningCLI`` does for ``--optimizer``, if the module trains with several optimizers, or
-            if the Trainer has a second ``UseMuon``.
+        TypeError: if an optimizer is given instead of a class or function that builds one, or ``schedule`` is not a
+            ``Schedule``.
+        RuntimeError: at the start of a fit, if the module has :class:`MuonMixin`, if ``configure_optimizers`` was set
+            on the instance, as ``LightningCLI`` does for ``--optimizer``, if the module trains with several
+            optimizers, or if the Trainer has a second ``UseMuon``.
 
     Example::
 
@@ -58,9 +59,9 @@ class UseMuon(Callback):
     """
 
     replaced_by = "UseMuon"
-    """What messages call the part that takes the place of ``configure_optimizers``."""
+    """Name in messages of what replaces ``configure_optimizers``."""
     settings_named = "matrix_optimizer, other_optimizer and schedule of UseMuon"
-    """What messages say is to be set instead."""
+    """Names in messages of the settings to use instead."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class UseMuon(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             if len(callbacks_named(trainer, "UseMuon")) > 1:
-                raise RuntimeError("The Trainer has several UseMuon, and one of them would have no effect: keep one.")
+                raise RuntimeError("The Trainer has several UseMuon callbacks, and only one can take effect: keep one.")
             self.attach(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,15 +104,15 @@ class UseMuon(Callback):
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
 
     def attach(self, module: LightningModule) -> None:
-        """Stand in for ``module.configure_optimizers``; a fit does it by itself.
+        """Replace ``module.configure_optimizers``; a fit calls this method.
 
         Raises:
-            RuntimeError: if the module has the mixin, or an optimizer of its own on the instance.
+            RuntimeError: if the module has the mixin, or if ``configure_optimizers`` was set on the instance.
         """
         kind = type(module).__name__
         if isinstance(module, MuonMixin):
             raise RuntimeError(
-                f"{kind} has MuonMixin, which does what UseMuon does: give the settings to {kind}, not both."
+                f"{kind} has MuonMixin, which does what UseMuon does: give the settings to {kind} and remove UseMuon."
             )
         present = vars(module).get("configure_optimizers")
         if present is not None and not _is_ours(present):
@@ -123,7 +124,7 @@ class UseMuon(Callback):
         module.configure_optimizers = functools.partial(_configure_optimizers, module, self)  # type: ignore[method-assign]
 
     def detach(self, module: LightningModule) -> None:
-        """Leave the module as it was, unless it has no other ``configure_optimizers`` for the next fit."""
+        """Restore ``module.configure_optimizers``, unless the class has none for the next fit."""
         if own_method(type(module)) is not None and _is_ours(vars(module).get("configure_optimizers")):
             del module.configure_optimizers
 

@@ -200,7 +200,7 @@ def test_second_order_optimizers_are_refused_beside_a_gradient_scaler(tmp_path):
     scaled = {"class_path": "lightning.pytorch.plugins.MixedPrecision"}
     scaled["init_args"] = {"precision": "16-mixed", "device": "cpu"}
     config = {"other_optimizer": optimizer("pytorch_optimizer.SophiaH"), "trainer": {"plugins": [scaled]}}
-    with pytest.raises(RuntimeError, match=r"SophiaH differentiates the gradients.*without '16-mixed'"):
+    with pytest.raises(RuntimeError, match=r"SophiaH differentiates the gradients.*without precision='16-mixed'"):
         command(tmp_path, config)
 
 

@@ -161,7 +161,7 @@ def test_a_scheduler_beside_a_schedule_gets_a_sentence():
 def test_a_module_that_makes_its_hybrid_is_left_alone_by_use_muon():
     fitted = fit(KeepsItWithoutMixin(), callbacks=[UseMuon()])
     assert fitted.optimizers[0].param_groups[-1]["initial_lr"] == 0.02
-    with pytest.raises(RuntimeError, match=r"makes a HybridOptimizer by itself.*schedule of UseMuon would have no"):
+    with pytest.raises(RuntimeError, match=r"makes a HybridOptimizer itself.*schedule of UseMuon would have no"):
         fit(KeepsItWithoutMixin(), callbacks=[UseMuon(schedule=Linear())])
 
 
@@ -223,7 +223,7 @@ def test_a_setting_that_the_modules_own_argument_takes_gets_a_sentence():
             self.save_hyperparameters()
 
     fit(Takes())
-    with pytest.raises(RuntimeError, match=r"Takes\.__init__ takes schedule itself and does not hand it to super"):
+    with pytest.raises(RuntimeError, match=r"Takes\.__init__ takes schedule itself and does not pass it to super"):
         fit(Takes(schedule=Linear()))
 
 
@@ -306,7 +306,7 @@ def test_settings_of_an_inner_module_that_are_not_used_are_named():
     assert len(texts) == 2
     assert "The inner module 'teacher' (Net) has settings that are not used: schedule." in texts[0]
     assert "The inner module 'student' (Net) has settings that are not used: parameter_rules." in texts[1]
-    assert "Those of Outer hold for all of it" in texts[0]
+    assert "Only those of Outer are used" in texts[0]
 
 
 # The partition
@@ -417,7 +417,9 @@ def test_a_schedule_that_is_dropped_is_refused(chained, way):
     if chained:
         fit(module)
     else:
-        with pytest.raises(RuntimeError, match=r"leaves out the scheduler of schedule=Linear.*first step has them"):
+        with pytest.raises(
+            RuntimeError, match=r"leaves out the scheduler of schedule=Linear.*values of its first step"
+        ):
             fit(module)
 
 
@@ -451,7 +453,7 @@ def test_registering_under_the_name_of_a_setting_is_refused(register, kind):
 
 
 def test_a_value_of_the_modules_own_is_told_apart_from_a_wrong_setting():
-    with pytest.raises(TypeError, match=r"got 'cosine'.*is a setting of MuonMixin: what the module keeps for itself"):
+    with pytest.raises(TypeError, match=r"got 'cosine'.*is a setting of MuonMixin: give your attribute another name"):
         Net().schedule = "cosine"
 
 

@@ -218,7 +218,7 @@ def test_fractions_that_exceed_the_run_are_refused():
 
 
 def test_steps_need_the_length_of_the_run():
-    with pytest.raises(ValueError, match=r"warmup=10 is a number of steps: give total_steps"):
+    with pytest.raises(ValueError, match=r"warmup=10 is a number of steps: also give total_steps"):
         Cosine(warmup=10)(0.5)
     assert Cosine(warmup=10)(0.05, total_steps=100) == pytest.approx(0.5)
 

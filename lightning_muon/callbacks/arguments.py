@@ -1,4 +1,4 @@
-"""Arguments of callbacks, checked at the door."""
+"""Checks of the arguments of callbacks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def check_globs(name: str, value: Any) -> None:
 
 
 def check_multiple(name: str, value: int, other: str, unit: int) -> None:
-    """Raise unless ``value`` is a multiple of ``unit``; 0 is one."""
+    """Raise unless ``value`` is a multiple of ``unit``, or 0."""
     if value % unit:
         raise MisconfigurationException(f"{name}={value} must be a multiple of {other}, which is {unit}.")

@@ -7,8 +7,9 @@ class Clock:
     """Two intervals in optimizer steps, which are counted from 0.
 
     Args:
-        interval: every so many steps something is measured.
-        spectrum_interval: every so many steps all singular values are; a multiple of ``interval``, 0 for never.
+        interval: steps between two measurements.
+        spectrum_interval: steps between two computations of all singular values: a multiple of ``interval``, or 0 for
+            never.
     """
 
     def __init__(self, interval: int, spectrum_interval: int) -> None:
@@ -22,16 +23,16 @@ class Clock:
 
     def due_spectrum(self, step: int) -> bool:
         """Whether to compute all singular values after this step."""
-        return self._strikes_spectrum(step if self._overdue is None else self._overdue)
+        return self._is_spectrum_step(step if self._overdue is None else self._overdue)
 
     def postpone(self, step: int) -> None:
-        """Stay due: no optimizer stepped, as happens in manual optimization."""
-        if self._overdue is None or self._strikes_spectrum(step):
+        """Stay due after a batch without an optimizer step, as in manual optimization."""
+        if self._overdue is None or self._is_spectrum_step(step):
             self._overdue = step
 
     def measured(self) -> None:
-        """Nothing is overdue any more."""
+        """Forget what is overdue."""
         self._overdue = None
 
-    def _strikes_spectrum(self, step: int) -> bool:
+    def _is_spectrum_step(self, step: int) -> bool:
         return self.spectrum_interval > 0 and (step + 1) % self.spectrum_interval == 0

@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class CreateGraph(Callback):
-    """Has each backward pass of a fit keep its graph, for optimizers that estimate the Hessian: SophiaH, AdaHessian.
+    """Keeps the graph of each backward pass of a fit, for optimizers that estimate the Hessian: SophiaH, AdaHessian.
 
-    That takes about the time and the memory of a second backward pass. A module that overrides ``backward`` is left
-    alone and has to pass ``create_graph=True`` itself. A module with :class:`lightning_muon.MuonMixin` and one under
-    ``MuonCLI`` get this callback by themselves where an optimizer needs it.
+    That takes about the time and the memory of a second backward pass. A module that overrides ``backward`` is not
+    changed: it has to pass ``create_graph=True`` itself. A module with :class:`lightning_muon.MuonMixin` and one under
+    ``MuonCLI`` get this callback automatically if an optimizer needs it.
 
     Example::
 
@@ -26,7 +26,7 @@ class CreateGraph(Callback):
         # A Trainer keeps its callbacks for later fits, of other modules too.
         if not any(getattr(optimizer, "differentiates_gradients", True) for optimizer in trainer.optimizers):
             return
-        # torch fears a cycle of weights and gradients, which Trainers break by setting gradients to None.
+        # torch warns of a cycle of weights and gradients. Trainers break it: they set the gradients to None.
         warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
         owner = next(cls for cls in type(pl_module).__mro__ if "backward" in vars(cls))
         if owner.__name__ == "LightningModule" and "backward" not in vars(pl_module):

@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 class EffectiveRankMonitor(SpectralMonitor):
     r"""Logs how many directions each weight matrix and each update uses, by three measures.
 
-    With singular values :math:`\sigma_i`, of which there are :math:`r = \min(m, n)`, and
-    :math:`p_i = \sigma_i / \sum_j \sigma_j`, all in :math:`[1, r]`, and 0 for a matrix of zeros:
+    With :math:`r = \min(m, n)` singular values :math:`\sigma_i` and :math:`p_i = \sigma_i / \sum_j \sigma_j`, each
+    measure is in :math:`[1, r]`, and 0 for a matrix of zeros:
 
-    * ``effective_rank`` :math:`\exp(-\sum_i p_i \ln p_i)`, by entropy (Roy and Vetterli, EUSIPCO 2007); sees small
-      directions best, and takes exact spectra;
+    * ``effective_rank`` :math:`\exp(-\sum_i p_i \ln p_i)`, by entropy (Roy and Vetterli, EUSIPCO 2007); it sees
+      small directions best, and needs exact spectra;
     * ``participation_ratio`` :math:`(\sum_i \sigma_i^2)^2 / \sum_i \sigma_i^4`, how many directions share the energy;
     * ``stable_rank`` :math:`\|W\|_F^2 / \sigma_1^2`, how many are about as large as the largest.
 
-    Of the weights under these keys, of the updates under ``update_effective_rank`` and so on. r means that all
-    directions are equal. Random weights start near 0.8 r (effective rank), 0.5 r (participation) and 0.25 r (stable
-    rank) if square; falling slowly is learning, falling by half from one table to the next is a collapse, of which the
-    table warns. On SASRec updates of Muon had effective ranks of 0.93 to 0.99 r, participation ratios of 0.80 to 0.91 r
-    and stable ranks of 0.52 to 0.65 r; those of AdamW 0.2 to 0.75 r, 0.02 to 0.31 r and 0.02 to 0.14 r. Updates are
-    read as in :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
+    The weights are logged under these keys, the updates under ``update_effective_rank`` and so on. A value of r means
+    that all directions are equal. Square random weights start near 0.8 r (effective rank), 0.5 r (participation) and
+    0.25 r (stable rank). A slow fall is learning. A fall by half from one table to the next is a collapse, and the
+    table warns of it. On SASRec updates of Muon had effective ranks of 0.93 to 0.99 r, participation ratios of 0.80 to
+    0.91 r and stable ranks of 0.52 to 0.65 r; those of AdamW 0.2 to 0.75 r, 0.02 to 0.31 r and 0.02 to 0.14 r. Updates
+    are measured as in :class:`~lightning_muon.callbacks.UpdateOrthogonalityMonitor`; updates of zero are left out.
 
     Keys: ``<quantity>/mean``, ``<quantity>/min``, ``<quantity>/<matrix>``.
 
     Args:
         every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
-        normalize: divide ranks by r, to [0, 1]: comparable over matrices of different sizes.
+        normalize: divide ranks by r, to [0, 1], to compare matrices of different sizes.
         **kwargs: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""LateParameters: layers that join a running fit are trained, and what is not trained is named."""
+"""LateParameters: trains layers that are added during a fit, and warns of parameters in no optimizer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from lightning_muon.partition.names import some_names
 
 
 class LateParameters(Callback):
-    """Trains parameters that are added to a module during a fit, and names those that no optimizer has.
+    """Trains parameters that are added to a module during a fit, and warns of those in no optimizer.
 
-    Layers that are unfrozen join the optimizer by themselves (:class:`lightning_muon.HybridOptimizer`). Layers that are
-    new, e.g. an adapter that a hook puts in, join here before the next batch: by the role that they have in the module
-    as it is then. A parameter that gets a gradient while it is in no optimizer is named in a warning, once.
+    Unfrozen layers join the optimizer without this callback (:class:`lightning_muon.HybridOptimizer`). New layers, e.g.
+    an adapter that a hook adds, join here before the next batch; the partition of the changed module gives their roles.
+    A warning names each parameter that gets a gradient but is in no optimizer, once.
 
-    ``DistributedDataParallel`` averages the gradients of what was trainable when it was built, and of nothing that
-    joins later: those gradients are averaged here before the step.
+    ``DistributedDataParallel`` averages only gradients of parameters that were trainable when it was built. Gradients
+    of parameters that join later are averaged here, before the step.
 
-    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
-    themselves.
+    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback
+    automatically.
 
     Args:
         optimizer: the optimizer that new parameters join.
-        parameter_rules: by which it was built.
+        parameter_rules: the rules that ``optimizer`` was built with.
     """
 
     def __init__(self, optimizer: HybridOptimizer, parameter_rules: Sequence[ParameterRule] = ()) -> None:
@@ -50,7 +50,7 @@ class LateParameters(Callback):
         self._named: set[Tensor] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A walk over a large model takes milliseconds: torch tells when a module or a parameter is put in anywhere.
+        # A walk over a large model takes milliseconds. Hooks of torch tell when a module or parameter is registered.
         if self.optimizer in trainer.optimizers:
             self._stop()
             self._trained = set(self._groups())
@@ -61,7 +61,7 @@ class LateParameters(Callback):
             ]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stop()  # also after a search by Tuner, which ends a fit in its middle
+        self._stop()  # also after a search by Tuner, which stops a fit midway
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -71,27 +71,31 @@ class LateParameters(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._handles and self._changed:
-            self._look(trainer, pl_module)
+            self._find_outside(trainer, pl_module)
             if len(trainer.optimizers) == 1 and any(parameter.requires_grad for parameter in self._outside):
                 joined = self.optimizer.adopt(partition_parameters(pl_module, self.parameter_rules))
-                self._look(trainer, pl_module)
+                self._find_outside(trainer, pl_module)
                 self._trained = set(self._groups())
                 names = some_names([f"{entry.name} ({entry.group})" for entry in joined])
-                rank_zero_info(f"Added to the model since the fit started, and trained from now on: {names}.")
+                rank_zero_info(
+                    f"These parameters were added since the fit started and are trained from now on: {names}."
+                )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._handles and self._changed:
-            self._look(trainer, pl_module)
+            self._find_outside(trainer, pl_module)
         groups = self.optimizer.param_groups
         if self._handles and sum(len(group["params"]) for group in groups) != len(self._trained):
             now = self._groups()
             names = some_names([f"{name} ({group})" for name, group in now.items() if name not in self._trained])
             self._trained = set(now)
             if names and trainer.global_step > 0:  # a resumed run has its own at the first step
-                rank_zero_info(f"Unfrozen since the fit started, and trained from now on: {names}.")
+                rank_zero_info(
+                    f"These parameters were unfrozen since the fit started and are trained from now on: {names}."
+                )
         outside = {parameter for parameter in self._outside - self._named if parameter.grad is not None}
         if outside:
-            self._look(trainer, pl_module)  # some may have joined since
+            self._find_outside(trainer, pl_module)  # some may have joined since
             outside &= self._outside
         if outside:
             self._named |= outside
@@ -99,7 +103,7 @@ class LateParameters(Callback):
             names = some_names(found)
             rank_zero_warn(
                 f"{type(pl_module).__name__} has parameters that get gradients and are in no optimizer: {names}. This "
-                "step does not train them. Freeze them with requires_grad_(False), or have them in the module before "
+                "step does not train them. Freeze them with requires_grad_(False), or create them before "
                 "configure_optimizers is called (in __init__ or configure_model)."
             )
 
@@ -124,8 +128,8 @@ class LateParameters(Callback):
         self._handles = []
         self._changed, self._outside = True, set()
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find the parameters that are in no optimizer, and that no hybrid waits for either."""
+    def _find_outside(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find the parameters that are in no optimizer and in no partition of a hybrid optimizer."""
         known = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         hybrids = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, HybridOptimizer)]
         known |= {entry.parameter for hybrid in hybrids for entry in hybrid.partition or ()}

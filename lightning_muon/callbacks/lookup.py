@@ -8,9 +8,9 @@ from lightning.pytorch import Trainer
 
 
 def callbacks_named(trainer: Trainer, name: str) -> list[Any]:
-    """The callbacks of Lightning's class of this name, or of ours, or of a subclass of it.
+    """Return the callbacks whose class, or a base of it, has this name in Lightning or in this package.
 
-    A user's own callback may have the same name, ``Timer`` for one, and nothing else in common.
+    A class of the same name in the user's own code, e.g. ``Timer``, does not count.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if any(_is_named(base, name) for base in type(callback).__mro__)]

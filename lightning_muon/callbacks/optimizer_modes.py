@@ -1,4 +1,4 @@
-"""OptimizerModes: schedule-free optimizers train and evaluate with the right weights."""
+"""OptimizerModes: switches schedule-free optimizers between training and evaluation weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class OptimizerModes(Callback):
     """Calls ``train()`` and ``eval()`` of optimizers that have them, as schedule-free ones do.
 
-    Such optimizers train on other weights than those they recommend. Batches are trained in train mode. Validation,
-    every ``state_dict`` of the module, hence every checkpoint, and the module after the fit have the recommended
-    weights. A module with :class:`lightning_muon.MuonMixin` and one under ``MuonCLI`` get this callback by themselves
-    where an optimizer needs it.
+    Such optimizers train with other weights than those for evaluation. Batches are trained in train mode. Validation,
+    every ``state_dict`` of the module, so every checkpoint, and the module after the fit have the weights for
+    evaluation. A module with :class:`lightning_muon.MuonMixin` and one under ``MuonCLI`` get this callback
+    automatically if an optimizer needs it.
 
     Example::
 
@@ -24,8 +24,8 @@ class OptimizerModes(Callback):
         self._handle: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not on_save_checkpoint: it comes after the optimizer states are taken, and not at all for weights alone.
-        self._handle = pl_module.register_state_dict_pre_hook(_recommend)  # type: ignore[no-untyped-call]
+        # Not on_save_checkpoint: it runs after the optimizer states are taken, and never with save_weights_only=True.
+        self._handle = pl_module.register_state_dict_pre_hook(_switch_to_eval)  # type: ignore[no-untyped-call]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         _switch(trainer, "train")
@@ -46,7 +46,7 @@ class OptimizerModes(Callback):
             self._handle = None
 
 
-def _recommend(module: LightningModule, prefix: str, keep_vars: bool) -> None:
+def _switch_to_eval(module: LightningModule, prefix: str, keep_vars: bool) -> None:
     _switch(module.trainer, "eval")
 
 

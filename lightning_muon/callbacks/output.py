@@ -1,4 +1,4 @@
-"""Where the figures and the numbers of a run go when it ends."""
+"""Writes the figures and measurements of a run when it ends."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def show_run(
     loggers: Sequence[Logger],
     directory: Path | None,
 ) -> None:
-    """Give figures to the loggers that show them; without such a one write PNG and CSV files.
+    """Pass figures to the loggers that show figures; without such a logger, write PNG and CSV files.
 
     Args:
-        name: of the CSV file.
-        histories: what was measured, by key; at least one.
-        figures: by key.
-        loggers: the Trainer's.
-        directory: for the files; None for no files.
+        name: name of the CSV file.
+        histories: measurements by key; at least one.
+        figures: figures by key.
+        loggers: loggers of the Trainer.
+        directory: folder for the files; None for no files.
     """
     if any(map(shows_figures, loggers)):
         step = max(history.steps[-1] for history in histories.values())
@@ -38,4 +38,4 @@ def show_run(
     elif directory is not None:
         save_pngs(figures, directory)
         write_csv(directory / f"{name.replace('/', '_')}.csv", histories)
-        rank_zero_info(f"What was measured of {name} is in {directory}")
+        rank_zero_info(f"The measurements of {name} are in {directory}")

@@ -19,15 +19,15 @@ from lightning_muon.schedules import ScheduledLR
 class PartitionSummary(Callback):
     """Prints which optimizer takes each parameter, and why, when a fit starts.
 
-    The table shows the partition of the running optimizer, and below it the optimizers with their rates. A module that
-    trains without an optimizer of this package gets the partition that it would have, under a line that says so. It
-    goes to Rich's shared console, on rank zero only, above the progress bar.
+    The table shows the partition of the running optimizer. Below it are the optimizers with their learning rates. For a
+    module that trains without an optimizer of this package, the table shows the partition that it would have, and a
+    line above says so. The table is printed to Rich's shared console, on rank 0 only, above the progress bar.
 
-    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
-    themselves wherever the Trainer shows its model summary: ``Trainer(enable_model_summary=False)`` turns off both.
+    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback
+    automatically if the Trainer shows its model summary: ``Trainer(enable_model_summary=False)`` turns off both.
 
     Args:
-        parameter_rules: rules for a module that trains without an optimizer of this package; its own come first.
+        parameter_rules: rules for a module that trains without an optimizer of this package, applied after its own.
 
     Example::
 
@@ -37,7 +37,7 @@ class PartitionSummary(Callback):
     def __init__(self, parameter_rules: list[ParameterRule] | None = None) -> None:
         self.parameter_rules: Sequence[ParameterRule] = tuple(parameter_rules or ())
         self.only_for: Optimizer | None = None
-        """The optimizer of the only fit that it is shown for: a Trainer keeps its callbacks for later fits."""
+        """If set, print only in fits with this optimizer: a Trainer keeps its callbacks for later fits."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.only_for is not None and self.only_for not in trainer.optimizers:
@@ -52,8 +52,8 @@ class PartitionSummary(Callback):
 
         Args:
             module: the module.
-            optimizers: what trains it; without any, the partition is that which an optimizer would be built by.
-            schedulers: of the optimizers.
+            optimizers: the optimizers that train it; without any, print the partition that a new optimizer would have.
+            schedulers: schedulers of the optimizers.
         """
         partition, running = partition_of(module, optimizers, self.parameter_rules)
         console = get_console()
@@ -70,7 +70,7 @@ class PartitionSummary(Callback):
 
 
 def _describe(optimizer: Optimizer, schedulers: Sequence[object]) -> list[str]:
-    """Each child with what it was built with, and the schedule of all."""
+    """Lines that name each child optimizer with its arguments, and the schedule."""
     if not isinstance(optimizer, HybridOptimizer):
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""ResumedSettings: what a resumed run goes on with is said."""
+"""ResumedSettings: reports the settings that a resumed run uses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PLAIN = (bool, int, float, str, tuple)
 
 
 class ResumedSettings(Callback):
-    """Says which rates, options and schedule a run goes on with that continues from a checkpoint.
+    """Reports the learning rates, options and schedule that a run resumed from a checkpoint uses.
 
-    The checkpoint's rates and options count, as everywhere in torch and Lightning. A warning names those that were
-    given and are not used. A run that was saved under a schedule and is given none would stay at the rate of its last
-    step, often 0: it is refused.
+    The checkpoint's learning rates and options override those given, as everywhere in torch and Lightning. A warning
+    names the given ones that are not used. A run saved with a schedule and resumed without one would stay at the
+    learning rate of its last step, often 0: this raises a ``RuntimeError``.
 
-    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
-    themselves.
+    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback
+    automatically.
 
     Args:
         optimizer: the optimizer as it was built, before the checkpoint's state is loaded.
@@ -32,16 +32,16 @@ class ResumedSettings(Callback):
 
     def __init__(self, optimizer: HybridOptimizer) -> None:
         self.optimizer = optimizer
-        self._look()
+        self._record_given()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look()  # the module's own schedulers, which may set peaks, are there; the checkpoint's state is not yet
+        self._record_given()  # schedulers exist and may set peaks; the checkpoint is not loaded yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.ckpt_path or self.optimizer not in trainer.optimizers:
             return
         if any(averaging._scheduler_state for averaging in callbacks_named(trainer, "StochasticWeightAveraging")):
-            return  # it goes on with rates of its own
+            return  # it sets its own learning rates
         groups = self.optimizer.param_groups
         scheduled = [group for group in groups if "initial_lr" in group]
         if scheduled and not trainer.lr_scheduler_configs and not self._by_hand:
@@ -50,8 +50,8 @@ class ResumedSettings(Callback):
                 f"The checkpoint {trainer.ckpt_path} was saved under a schedule, and {type(pl_module).__name__} has "
                 f"none now: the learning rates would stay where the schedule left them ({rates}). Give the schedule "
                 "again, e.g. schedule=Cosine(), or schedule=Constant() to go on at its peak (--schedule on a command "
-                "line). To train with new rates load the weights alone: load_from_checkpoint, and fit without "
-                "ckpt_path."
+                "line). To train with new learning rates, load the weights alone: call load_from_checkpoint, and fit "
+                "without ckpt_path."
             )
         # Schedulers without a peak, such as ReduceLROnPlateau, have lowered the rate itself.
         adaptive = any(not isinstance(config.scheduler, ScheduledLR) for config in trainer.lr_scheduler_configs)
@@ -65,8 +65,8 @@ class ResumedSettings(Callback):
         if changed:
             rank_zero_warn(
                 f"The run goes on with the learning rates of its checkpoint, not with those given now: "
-                f"{', '.join(changed)}. To use new rates load the weights alone: load_from_checkpoint, and fit without "
-                "ckpt_path."
+                f"{', '.join(changed)}. To use new rates, load the weights alone: call load_from_checkpoint, and fit "
+                "without ckpt_path."
             )
         options = [
             f"{key} of {group['name']} {group[key]} (given now: {value})"
@@ -77,15 +77,15 @@ class ResumedSettings(Callback):
         if options:
             rank_zero_warn(
                 f"The run goes on with the options of its checkpoint, not with those given now: {', '.join(options)}. "
-                "To use new ones load the weights alone: load_from_checkpoint, and fit without ckpt_path."
+                "To use new ones, load the weights alone: call load_from_checkpoint, and fit without ckpt_path."
             )
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            saved = getattr(scheduler, SAVED_SCHEDULE, None)  # torch keeps whatever a state holds
+            saved = getattr(scheduler, SAVED_SCHEDULE, None)  # torch sets every entry of a state as an attribute
             if saved is not None and not isinstance(scheduler, ScheduledLR):
                 rank_zero_warn(
-                    f"The saved run had the schedule {saved}. {type(scheduler).__name__} goes on now, from the rates "
-                    "at which that ended."
+                    f"The saved run had the schedule {saved}. {type(scheduler).__name__} goes on now, from the "
+                    "learning rates at which the schedule ended."
                 )
             if isinstance(scheduler, ScheduledLR) and scheduler.last_epoch == 0 and trainer.global_step > 0:
                 rank_zero_warn(
@@ -93,7 +93,7 @@ class ResumedSettings(Callback):
                     "the run."
                 )
 
-    def _look(self) -> None:
+    def _record_given(self) -> None:
         groups = self.optimizer.param_groups
         self.given: Mapping[str, float] = {g["name"]: float(g.get("initial_lr", g["lr"])) for g in groups}
         children = getattr(self.optimizer, "optimizers", {"": self.optimizer}).values()
@@ -101,4 +101,4 @@ class ResumedSettings(Callback):
         self.options: Mapping[str, dict[str, Any]] = {
             g["name"]: {key: g[key] for key in known & g.keys() if isinstance(g[key], _PLAIN)} for g in groups
         }
-        self._by_hand = any("initial_lr" in group for group in groups)  # or Lightning has the scheduler
+        self._by_hand = any("initial_lr" in group for group in groups)  # a scheduler of the module, or of Lightning

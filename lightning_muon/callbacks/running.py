@@ -1,4 +1,4 @@
-"""The partition by which a run trains: the optimizers' own, not one made again."""
+"""The partition that a run trains with: read from its optimizers, not computed again."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_muon.partition.sites import walk
 
 
 def running_partition(module: nn.Module, optimizers: Sequence[Optimizer]) -> Partition | None:
-    """What the optimizers of a run do with each parameter of a module.
+    """Return how the optimizers of a run treat each parameter of a module.
 
     Parameters that only other optimizers have, or none, are in the group ``"other"``; the reason says so.
 
     Args:
-        module: the module that is trained; gives the names.
-        optimizers: of the Trainer.
+        module: the module that is trained; it gives the names.
+        optimizers: optimizers of the Trainer.
 
     Returns:
-        One entry a parameter, or None if no optimizer is one of this package.
+        One entry per parameter, or None if no optimizer is from this package.
     """
     if not any(map(_is_ours, optimizers)):
         return None
@@ -41,9 +41,9 @@ def running_partition(module: nn.Module, optimizers: Sequence[Optimizer]) -> Par
 
 
 def known_to_optimizers(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, ParameterAssignment]:
-    """What optimizers of this package do with the parameters that they have, or have a plan for (frozen ones).
+    """Return the entries of parameters that optimizers of this package have, or plan for (frozen ones).
 
-    The names are those that the optimizers know.
+    The entries have the names that the optimizers know.
     """
     ours = [optimizer for optimizer in optimizers if _is_ours(optimizer)]
     by_hand = {parameter: _by_hand(parameter, taker) for parameter, taker in _takers(ours).items()}
@@ -54,13 +54,13 @@ def known_to_optimizers(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, P
 def partition_of(
     module: nn.Module, optimizers: Sequence[Optimizer], rules: Sequence[ParameterRule] = ()
 ) -> tuple[Partition, bool]:
-    """The partition of a run, and whether it is the running one.
+    """Return the partition of a run, and whether its optimizers gave it.
 
-    Without an optimizer of this package it is what :func:`partition_parameters` would make of the module under its
-    ``parameter_rules`` and ``rules``.
+    Without an optimizer of this package, :func:`partition_parameters` makes it, with the module's ``parameter_rules``
+    and ``rules``.
 
     Raises:
-        ValueError: as :func:`partition_parameters`.
+        ValueError: as in :func:`partition_parameters`.
     """
     running = running_partition(module, optimizers)
     if running is not None:
@@ -74,7 +74,7 @@ def _is_ours(optimizer: Optimizer) -> bool:
 
 
 def _takers(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, Optimizer]:
-    """The single optimizer, in a hybrid the child, that has each parameter."""
+    """Map each parameter to its optimizer; in a hybrid, to its child optimizer."""
     single: list[Optimizer] = []
     for optimizer in optimizers:
         single += optimizer.optimizers.values() if isinstance(optimizer, HybridOptimizer) else [optimizer]
@@ -82,7 +82,7 @@ def _takers(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, Optimizer]:
 
 
 def _by_hand(parameter: nn.Parameter, taker: Optimizer | None) -> ParameterAssignment:
-    """The entry, without a name, of a parameter that was given to its optimizer by hand, or to none."""
+    """Return the entry, without a name, of a parameter given to its optimizer by hand, or to none."""
     reason = "In no optimizer." if taker is None else f"Given to {type(taker).__name__} by hand."
     if isinstance(taker, MatrixOptimizer):
         layout = taker.layouts.get(parameter, MatrixLayout())

@@ -15,17 +15,17 @@ from lightning_muon.schedules import ScheduledLR
 class ScheduleLength(Callback):
     """Keeps the end of a schedule at the end of the run when the length of the run changes.
 
-    The number of steps that are left is counted anew at the start of each epoch: after a search for the batch size,
-    with a ``GradientAccumulationScheduler``, in a second ``fit``, with another ``max_steps`` or other data on resume.
-    Data of unknown length follows ``max_steps`` in its first epoch, which tells the length of the others.
-    Under ``max_time`` the schedule follows the clock wherever that ends the run first, the same on all processes.
-    A rate that ``LearningRateFinder`` has found becomes the rate at the schedule's peak.
+    The remaining steps are counted again at the start of each epoch: after a search for the batch size, with a
+    ``GradientAccumulationScheduler``, in a second ``fit``, with another ``max_steps`` or other data on resume.
+    With data of unknown length, the schedule follows ``max_steps`` in the first epoch, which gives the length of the
+    others. With ``max_time`` the schedule follows the clock if time ends the run first, the same on all processes.
+    The learning rate that ``LearningRateFinder`` finds becomes the rate at the schedule's peak.
 
-    Under manual optimization the module steps its schedule itself: the length that the run had at its start stays,
-    unless ``max_time`` ends the run. A warning names a schedule that nobody steps.
+    In manual optimization the module steps its schedule itself: the length counted at the start of the run stays,
+    unless ``max_time`` ends the run. A warning names a schedule that is never stepped.
 
-    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback by
-    themselves. It looks at schedulers of :mod:`lightning_muon.schedules` only.
+    A module with :class:`lightning_muon.MuonMixin` and one under :class:`lightning_muon.UseMuon` get this callback
+    automatically. It handles only schedulers of :mod:`lightning_muon.schedules`.
 
     Example::
 
@@ -40,7 +40,7 @@ class ScheduleLength(Callback):
         self._found: Any = None
         self._unstepped: list[ScheduledLR] = []
         self.made: ScheduledLR | None = None
-        """What ``configure_hybrid_optimizer`` made; the Trainer has to have it."""
+        """The scheduler that ``configure_hybrid_optimizer`` made; the Trainer must have it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         made = self.made
@@ -51,9 +51,9 @@ class ScheduleLength(Callback):
         if not any(scheduler is made for scheduler in kept):
             raise RuntimeError(
                 f"configure_optimizers of {type(pl_module).__name__} leaves out the scheduler of "
-                f"schedule={made.schedule!r}: all learning rates would stay where its first step has them. Return the "
-                "dict with the optimizer and the scheduler as it is made, or, to use a scheduler of your own, give no "
-                "schedule."
+                f"schedule={made.schedule!r}: all learning rates would stay at the values of its first step. Return "
+                "the dict with the optimizer and the scheduler unchanged, or leave out schedule to use your own "
+                "scheduler."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,7 +75,7 @@ class ScheduleLength(Callback):
         if begins and not by_hand:
             self._take_found_rate(trainer)
             self._length = schedulers[0].last_epoch + steps_left(trainer, batch_idx, self._batches)
-        elif math.isnan(self._length):  # who steps by hand has the length that was counted at the start
+        elif math.isnan(self._length):  # manual optimization keeps the length at the start
             self._length = schedulers[0].total_steps
         self._batches = batch_idx + 1
         if not (begins or _steps_now(trainer, batch_idx)):
@@ -98,11 +98,11 @@ class ScheduleLength(Callback):
                 )
                 rank_zero_warn(
                     f"{type(pl_module).__name__} has the schedule {scheduler.schedule!r}, but never steps it: all "
-                    f"learning rates stay where its first step has them. {how}"
+                    f"learning rates stay at the values of its first step. {how}"
                 )
 
     def _take_found_rate(self, trainer: Trainer) -> None:
-        """Make what a LearningRateFinder wrote into ``lr`` the rate at the peak, or the next step would undo it."""
+        """Make the rate that a LearningRateFinder wrote into ``lr`` the peak; otherwise the next step overwrites it."""
         for finder in callbacks_named(trainer, "LearningRateFinder"):
             if finder.optimal_lr is None or finder.optimal_lr is self._found:
                 continue
@@ -118,7 +118,7 @@ class ScheduleLength(Callback):
 def steps_of_run(trainer: Trainer) -> float:
     """Optimizer steps of a fit that is about to start; infinite if unknown. Loads the training data if need be."""
     if trainer.max_epochs != -1 or trainer.max_steps != -1:
-        _ = trainer.estimated_stepping_batches  # loads the data, which has the number of batches
+        _ = trainer.estimated_stepping_batches  # loads the data, to count the batches
     return steps_left(trainer, 0)
 
 
@@ -128,7 +128,7 @@ def steps_left(trainer: Trainer, batches_done: int, last_epoch: int = 0) -> floa
     Args:
         trainer: about to train a batch.
         batches_done: how many batches of the current epoch are done.
-        last_epoch: how many batches the epoch before had, which tells where the data does not; 0 if there was none.
+        last_epoch: batches of the epoch before, used if the data has no length; 0 if there was none.
     """
     by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
     batches = trainer.num_training_batches
@@ -138,13 +138,13 @@ def steps_left(trainer: Trainer, batches_done: int, last_epoch: int = 0) -> floa
         return by_steps
     first = trainer.current_epoch
     epochs = [math.ceil(batches / _accumulation(trainer, epoch)) for epoch in range(first, trainer.max_epochs)]
-    # A search for the batch size in mid-run leaves the count of the old batches: one step of the epoch follows then.
+    # A search for the batch size during the run keeps the count of old batches: count one more step of the epoch.
     done = min(batches_done // _accumulation(trainer, first), max(epochs[0] - 1, 0)) if epochs else 0
     return min(by_steps, sum(epochs) - done)
 
 
 def share_of_time(trainer: Trainer) -> float | None:
-    """How much of ``max_time`` is used up, the same on all processes; None without a limit."""
+    """Share of ``max_time`` that is used, the same on all processes; None without a limit."""
     shares = []
     for timer in callbacks_named(trainer, "Timer"):
         left = timer.time_remaining()
@@ -155,7 +155,7 @@ def share_of_time(trainer: Trainer) -> float | None:
 
 
 def _steps_now(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer steps after this batch: no need to ask for the time on others."""
+    """Whether the optimizer steps after this batch; the time is not needed after others."""
     done = batch_idx + 1
     return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
 

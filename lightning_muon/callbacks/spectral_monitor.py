@@ -1,4 +1,4 @@
-"""SpectralMonitor: what the callbacks that measure matrices share."""
+"""SpectralMonitor: the base class of the callbacks that measure matrices."""
 
 from __future__ import annotations
 
@@ -34,53 +34,53 @@ DEFAULT_EVERY_N_STEPS = 50
 """How often to measure under a Trainer that never logs."""
 
 SPECTRUM_FACTOR = 10
-"""How many times rarer exact spectra are by default."""
+"""Default ratio of ``spectrum_every_n_steps`` to ``every_n_steps``."""
 
 
 class SpectralMonitor(Callback):
-    """Base of the callbacks that log what the singular values of weights and updates say.
+    """Base class of the callbacks that log statistics of the singular values of weights and updates.
 
-    A step is measured where ``every_n_steps`` divides its number (counted from 1) and the optimizer really stepped:
-    once for several accumulated batches, and not where mixed precision skipped the step; in manual optimization at the
-    next step of an optimizer. Values are logged at the step at which the loss of that batch is, counted from 0.
-    Training is not touched: no random numbers are drawn, and outside of measured steps nothing happens. Several
+    A step is measured if ``every_n_steps`` divides its number (counted from 1) and the optimizer stepped. Accumulated
+    batches count as one step, and a step that mixed precision skipped is not measured. In manual optimization the next
+    step of an optimizer is measured. Values are logged at the same step as the loss of that batch, counted from 0.
+    Training does not change: no random numbers are drawn, and nothing happens outside of measured steps. Several
     monitors share one pass: each matrix is gathered and decomposed once a step.
 
-    Watched are the matrices that the partition finds, whatever the optimizer: fused projections, experts and gates
-    block by block, as ``<parameter>.0``, ``<parameter>.1``, ...; frozen parameters are left out until they are thawed.
+    The matrices of the partition are watched, whatever the optimizer. Fused projections, experts and gates are measured
+    block by block, as ``<parameter>.0``, ``<parameter>.1``, ... Frozen parameters are left out until they are unfrozen.
 
-    Loggers and ``trainer.callback_metrics`` get ``<quantity>/mean`` and, of all matrices, the one that is worst off,
-    ``<quantity>/max`` or ``/min``; on request ``<quantity>/<matrix>``. At the end of an epoch a table shows what moved,
-    and warns. At the end of the fit TensorBoard and W&B get figures; without them PNG and CSV files go to
-    ``<trainer.log_dir>/spectral``.
+    Loggers and ``trainer.callback_metrics`` get ``<quantity>/mean`` and the value of the worst matrix,
+    ``<quantity>/max`` or ``/min``; with ``per_parameter`` also ``<quantity>/<matrix>``. At the end of an epoch a table
+    shows changes and warnings. At the end of the fit TensorBoard and W&B get figures; without them PNG and CSV files
+    are written to ``<trainer.log_dir>/spectral``.
 
     Args:
         every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
-        spectrum_every_n_steps: how often to compute all singular values; None for 10 times ``every_n_steps``, of which
-            it has to be a multiple, and 0 for never.
-        include: globs on parameter names, in place of the matrices of the partition: ``["*"]`` for all that can be read
-            as matrices, embeddings and heads included.
+        spectrum_every_n_steps: how often to compute all singular values: a multiple of ``every_n_steps``; None for 10
+            times ``every_n_steps``, 0 for never.
+        include: globs on parameter names, to watch these instead of the matrices of the partition: ``["*"]`` for all
+            that can be read as matrices, including embeddings and heads.
         exclude: globs on the names of parameters to leave out.
         per_parameter: log each matrix, not only aggregates.
         print_table: print a table at the end of an epoch.
-        plot: make figures at the end of the fit; takes matplotlib. Beside TensorBoard or W&B no file is written. With
-            any other logger, or none, the measured values are written as CSV, with or without ``plot``.
-        parameter_rules: rules of the partition, besides the module's own; of no effect where a
-            :class:`lightning_muon.HybridOptimizer` of all parameters brings its partition.
-        max_spectrum_size: matrices with more rows and columns than this are not decomposed.
-        max_spectra: how many matrices are decomposed at most, evenly chosen.
-        prefix: goes before each key. Later instances of a class with the same prefix get ``-1``, ``-2``, ... behind the
+        plot: make figures at the end of the fit; needs matplotlib. With TensorBoard or W&B no file is written. With any
+            other logger, or none, the measurements are written as CSV, with or without ``plot``.
+        parameter_rules: rules of the partition, besides the module's own; they have no effect if a
+            :class:`lightning_muon.HybridOptimizer` of all parameters has its own partition.
+        max_spectrum_size: matrices whose smaller side exceeds this are not decomposed.
+        max_spectra: largest number of matrices to decompose, evenly chosen.
+        prefix: prefix of each key. Later instances of a class with the same prefix append ``-1``, ``-2``, ... to the
             names of their quantities.
 
     Raises:
-        MisconfigurationException: for values out of range, intervals that are no multiples, and globs that match
+        MisconfigurationException: for values out of range, intervals that are not multiples, and globs that match
             nothing.
     """
 
     quantities: Sequence[Quantity]
-    """What is reported; set by subclasses."""
+    """Quantities to report; set by subclasses."""
     name: str
-    """What the monitor's files are called; set by subclasses."""
+    """Name of the monitor's files; set by subclasses."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class SpectralMonitor(Callback):
         self.max_spectra = max_spectra
         self.prefix = prefix
         self.histories: dict[str, History] = {}
-        """What was measured, by key: at most 512 steps, the older ones thinned."""
+        """Measurements by key: at most 512 steps; older ones are thinned out."""
         self._tabled: dict[str, dict[str, Any]] = {}
         self._vectors: dict[str, Tensor] = {}
         self.clock = Clock(DEFAULT_EVERY_N_STEPS, 0)
@@ -135,7 +135,7 @@ class SpectralMonitor(Callback):
         return self._generate_state_key(**self.settings())
 
     def settings(self) -> dict[str, Any]:
-        """What tells instances apart; extended by subclasses."""
+        """Return the arguments that tell instances apart; extended by subclasses."""
         return {
             "every_n_steps": self.every_n_steps,
             "spectrum_every_n_steps": self.spectrum_every_n_steps,
@@ -179,21 +179,21 @@ class SpectralMonitor(Callback):
         if monitors[0] is self and not trainer.loggers:
             names = ", ".join(dict.fromkeys(type(monitor).__name__ for monitor in monitors))
             rank_zero_warn(
-                f"The Trainer has no logger: {names} can show what they measure in tables, in files and in "
-                "trainer.callback_metrics only."
+                f"The Trainer has no logger: {names} can show measurements only in tables, in files and in "
+                "trainer.callback_metrics."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: strategies may replace parameters, and callbacks may freeze them, until the fit begins.
         monitors = _monitors(trainer)
-        if _step(trainer) == 0:  # not a run that goes on
+        if _step(trainer) == 0:  # not a resumed run
             self.forget()
         known = known_to_optimizers(trainer.optimizers)
         self._watched = select(find_matrices(pl_module, known, self.parameter_rules), self.include, self.exclude)
         self._warn_of_what_is_left_out(type(pl_module).__name__)
         if self is monitors[-1]:
             self._share_probe(monitors)
-        log_dir = trainer.log_dir  # on every process: they agree on it
+        log_dir = trainer.log_dir  # on every process: it broadcasts
         self._directory = None if log_dir is None else Path(log_dir) / "spectral"
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -243,14 +243,14 @@ class SpectralMonitor(Callback):
         self._finish(trainer)
 
     def forget(self) -> None:
-        """Drop what was measured, at the start of a new run."""
+        """Drop all measurements, at the start of a new run."""
         self.histories, self._tabled, self._vectors = {}, {}, {}
 
     def remember(self, step: int, measurements: Iterable[Measurement]) -> None:
-        """Keep what figures need besides the histories; for subclasses."""
+        """Keep data that figures need besides the histories; for subclasses."""
 
     def figures(self) -> dict[str, Figure]:
-        """Figures of what was measured, by tag: a heat map of each quantity, matrices by steps."""
+        """Draw figures of the measurements, by tag: a heat map of each quantity, matrices by steps."""
         return {
             self.key(quantity.key): figures.heat_map(
                 self.histories[quantity.key],
@@ -263,7 +263,7 @@ class SpectralMonitor(Callback):
         }
 
     def movements(self) -> list[Movement]:
-        """What the table shows: a row a quantity that was measured since the last table."""
+        """Return the rows of the table: one per quantity that was measured since the last table."""
         rows = []
         for quantity in self.quantities:
             history = self.histories.get(quantity.key)
@@ -283,16 +283,16 @@ class SpectralMonitor(Callback):
         return rows
 
     def key(self, name: str) -> str:
-        """Under which a quantity of this instance is logged."""
+        """Return the key under which this instance logs a quantity."""
         return f"{self.prefix}{name}{self._suffix}"
 
     def watched_matrices(self) -> dict[str, tuple[int, int]]:
-        """(m, n) of the matrices that are watched now, in the module's order; frozen ones are not."""
+        """Return (m, n) of the matrices that are watched now, in the module's order, without frozen ones."""
         trained = [watched for watched in self._watched if watched.parameter.requires_grad]
         return {name: shape for watched in trained for name, shape in watched.shapes.items()}
 
     def demand(self, step: int) -> Plan:
-        """What to measure after a step."""
+        """Return what to measure after a step."""
         if not self.clock.due(step):
             return {}
         depths: dict[Kind, Depth] = {}
@@ -309,7 +309,7 @@ class SpectralMonitor(Callback):
         }
 
     def _values(self, quantity: Quantity, measurements: Iterable[Measurement], plan: Plan) -> dict[str, float]:
-        """The quantity of the matrices for which this monitor planned it, in the module's order."""
+        """Return a quantity of the matrices for which this monitor planned it, in the module's order."""
         found: dict[str, float] = {}
         for measurement in measurements:
             if measurement.kind == quantity.kind and measurement.depth >= quantity.depth:
@@ -327,8 +327,8 @@ class SpectralMonitor(Callback):
         }
 
     def _share_probe(self, monitors: Sequence[SpectralMonitor]) -> None:
-        """One probe for all monitors, which watches what any of them does; made by the last one."""
-        # Rules of one monitor may read a parameter otherwise than those of another.
+        """Give all monitors one probe, which watches the matrices of any of them; the last monitor calls this."""
+        # Two monitors may have rules that read the same parameter differently.
         union = {(w.parameter, tuple(w.shapes)): w for monitor in monitors for w in monitor._watched}
         probe = MatrixProbe(list(union.values()), [monitor.demand for monitor in monitors])
         for monitor in monitors:
@@ -363,7 +363,7 @@ class SpectralMonitor(Callback):
         self._watched = []
         try:
             self._show(trainer)
-        except Exception as error:  # no reason to fail, or to hide why the fit did
+        except Exception as error:  # must not end the fit, or hide its error
             rank_zero_warn(f"{type(self).__name__} could not show what it measured: {error}")
 
     @rank_zero_only
@@ -375,12 +375,12 @@ class SpectralMonitor(Callback):
         if self.plot and figures.figures_available():
             drawn = self.figures()
         elif self.plot and self is _monitors(trainer)[0]:
-            rank_zero_warn("Figures of the spectral monitors take matplotlib: pip install matplotlib.")
+            rank_zero_warn("Figures of the spectral monitors need matplotlib: pip install matplotlib.")
         show_run(self.key(self.name), measured, drawn, trainer.loggers, self._directory)
 
 
 def _step(trainer: Trainer) -> int:
-    """The step under which loggers file what is logged now."""
+    """Return the step of values that are logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # as in Lightning's own LearningRateMonitor
 
 

@@ -1,4 +1,4 @@
-"""SpectralNormMonitor: how large the weights are as maps."""
+"""SpectralNormMonitor: the spectral norms of the weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ class SpectralNormMonitor(SpectralMonitor):
 
     .. math:: \|W\|_2 = \max_{\|x\|_2 = 1} \|W x\|_2 \ge 0
 
-    It bounds how much a layer can enlarge its input, and how much the logits of attention can grow. Healthy weights
-    grow for a while and level off; one that keeps doubling precedes divergence, and the table warns of one that doubled
-    since the table before. Measured by power iteration that goes on from the last measurement, within 1 % from below,
-    or exactly where another monitor decomposes the matrix in the same step. Under a parametrization (spectral or weight
-    norm) it is the stored parameter that is measured.
+    It bounds how much a layer can enlarge its input, and how much the logits of attention can grow. Healthy norms grow
+    for a while and level off. A norm that keeps doubling precedes divergence; the table warns of one that doubled since
+    the table before. Power iteration from the last measurement gives the norm within 1 % from below. The norm is exact
+    if another monitor decomposes the matrix in the same step. Under a parametrization (spectral or weight norm) the
+    stored parameter is measured.
 
-    With ``rms=True`` also ``rms_operator_norm``, :math:`\sigma_1 \sqrt{n / m}` for m rows (fan-out) and n columns
-    (fan-in): the same bound where inputs and outputs are measured by the root mean square of their entries, so that
-    layers of all shapes compare; 0 or more. Near 1 a layer keeps the scale of what it is fed; on SASRec it was 0.2 to
-    1.5.
+    ``rms=True`` also logs ``rms_operator_norm``, :math:`\sigma_1 \sqrt{n / m} \ge 0` for m rows (fan-out) and n
+    columns (fan-in): the same bound for the root mean square of inputs and outputs, which compares layers of all
+    shapes. Near 1 a layer keeps the scale of its input; on SASRec it was 0.2 to 1.5.
 
     Keys: ``spectral_norm/mean``, ``spectral_norm/max``, ``spectral_norm/<matrix>``; ``rms_operator_norm/...``.
 

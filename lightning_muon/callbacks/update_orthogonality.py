@@ -23,25 +23,25 @@ class UpdateOrthogonalityMonitor(SpectralMonitor):
         \text{update\_orthogonality\_error} = \tfrac{1}{\sqrt r} \left\| U U^\top / q^2 - I \right\|_F
         = \sqrt{\tfrac{1}{r} \sum_i (\sigma_i^2 / q^2 - 1)^2} \in [0, \sqrt{r - 1}]
 
-    on the smaller side. Learning rate and shape scale drop out. 0 is orthogonal, :math:`\sqrt{r - 1}` a matrix of rank
-    one. On SASRec five Newton-Schulz steps of Muon left 0.3 to 0.5, and AdamW 1.5 to 7. An error of Muon that climbs
-    tells of a momentum of low rank, whose smallest directions the iteration no longer lifts.
+    on the smaller side. It does not depend on learning rate or shape scale. 0 means orthogonal, :math:`\sqrt{r - 1}`
+    rank one. On SASRec five Newton-Schulz steps of Muon left 0.3 to 0.5, and AdamW 1.5 to 7. A rising error of Muon
+    means that the momentum has low rank: the iteration no longer lifts its smallest singular values.
 
-    ``update_condition_number`` is :math:`\sigma_1` over a quantile of the singular values, on the clock of the exact
-    spectra, in :math:`[1, \infty]`: 1 is orthogonal; Muon's was 1.6 to 2.3 there and AdamW's 15 to 700.
+    ``update_condition_number`` is :math:`\sigma_1` over a quantile of the singular values, in :math:`[1, \infty]`,
+    computed with the exact spectra. 1 means orthogonal; on SASRec Muon's was 1.6 to 2.3 and AdamW's 15 to 700.
 
-    An update is what the step subtracted, with weight decay taken out: as this package's optimizers show it, or for any
-    other optimizer the difference of the weights. Decay that is part of the gradient (SGD, Adam) stays in, and so does
-    one that is not known how it works, of which there is a warning; of another that with weights in half precision the
-    difference is mostly rounding. Updates of zero are left out. Optimizers that move the weights while they evaluate
-    the closure (SAM) are measured from there.
+    An update is what the step subtracts from the weights, without weight decay. Optimizers of this package show it; for
+    any other optimizer it is the difference of the weights. Weight decay stays in if it is part of the gradient (SGD,
+    Adam), or if its form is not known, with a warning. Another warning says that differences of weights in half
+    precision are mostly rounding. Updates of zero are left out. If an optimizer moves the weights while it evaluates
+    the closure (SAM), the update is measured from the moved weights.
 
     Keys: ``update_orthogonality_error/mean``, ``/max``, ``/<matrix>``; ``update_condition_number/...``.
 
     Args:
         every_n_steps: how often to measure; None for the Trainer's ``log_every_n_steps``.
-        quantile: of the singular values, what the largest is divided by: 0 for the smallest, 0.1 for the one that a
-            tenth lies below, which a few dead directions do not move.
+        quantile: quantile of the singular values that divides the largest: 0 for the smallest; 0.1 for the one with a
+            tenth below it, which a few dead directions do not change.
         **kwargs: as in :class:`~lightning_muon.callbacks.spectral_monitor.SpectralMonitor`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What :class:`lightning_muon.MuonCLI` says and saves: short errors, help, configs that are not overwritten."""
+"""Parts of :class:`lightning_muon.MuonCLI`: short errors, help, and configs that are not overwritten."""
 
 from lightning_muon.command_line.faults import short_faults
 from lightning_muon.command_line.names import check_namespace, unregistered_name

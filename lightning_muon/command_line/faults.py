@@ -1,4 +1,4 @@
-"""Faults in what was given, found while the run is set up: a sentence on the command line, no traceback."""
+"""Short errors during the setup of a run: one sentence on the command line, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning_muon.command_line.parser import debugging
 from lightning_muon.command_line.report import read_report
 
 _THROUGH = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse", "torch")
-"""Packages whose frames may lie on the way to the fault, besides the standard library."""
+"""Packages whose frames may lie on the way to the error, besides the standard library."""
 
 
 @contextmanager
 def short_faults(packages: Sequence[str], ends: bool) -> Iterator[None]:
-    """Errors that constructors raise come without the layers of jsonargparse around them.
+    """Raise errors of constructors without the errors of jsonargparse around them.
 
     Args:
-        packages: dotted names of packages that check what they are given.
-        ends: print what these packages refuse in one ``error: ...`` and end with exit code 1. All else keeps its
-            traceback: a fault in the user's own code has to be found there.
+        packages: dotted names of packages that check their arguments.
+        ends: print errors that these packages raise as one ``error: ...``, and end with exit code 1. All other errors
+            keep their traceback, which shows errors in the user's own code.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def short_faults(packages: Sequence[str], ends: bool) -> Iterator[None]:
 
 
 def _without_layers(error: Exception) -> Exception:
-    """What was raised first, where jsonargparse only passed it on."""
+    """Return the error that was raised first, if jsonargparse only passed it on."""
     found: BaseException = error
     while _package(_frames(found.__traceback__)[-1][0]).startswith("jsonargparse") and found.__cause__ is not None:
         found = found.__cause__
@@ -51,7 +51,7 @@ def _without_layers(error: Exception) -> Exception:
 
 
 def _is_refusal(error: Exception, packages: Sequence[str]) -> bool:
-    """Whether a ``raise`` in one of the packages, reached without going through a user's code, made the error."""
+    """Whether a ``raise`` in one of the packages made the error, with no code of the user on the way to it."""
     frames = _frames(error.__traceback__)
     last, instruction = frames[-1]
     allowed = (*packages, *_THROUGH)

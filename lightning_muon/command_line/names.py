@@ -1,4 +1,4 @@
-"""Names that a user of a command line can mean: options, classes, members of modules, and how near they are."""
+"""Similar names for the errors of a command line: options, classes, members of modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "", list_few: bool = False) -> str:
-    """`` Did you mean a or b?``, or all that is known, or nothing; begins with a space."""
+    """Return `` Did you mean a or b?``, or a list of the known names, or nothing; it begins with a space."""
     known = list(dict.fromkeys(known))
     if found := near(word, known):
         return f" Did you mean {either([prefix + name for name in found])}?"
@@ -25,12 +25,12 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "", list_few: bo
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:
-    """The known names most like ``word``, three at most, whatever their case."""
+    """Return the known names most similar to ``word``, at most three; the case does not matter."""
     return _best({name: _likeness(word, name) for name in known}, least=0.6)
 
 
 def near_dotted(word: str, known: Iterable[str]) -> list[str]:
-    """The same for dotted names, part by part; ``--max_epochs`` finds ``--trainer.max_epochs``."""
+    """Like :func:`near` for dotted names, part by part; ``--max_epochs`` finds ``--trainer.max_epochs``."""
     parts = word.removeprefix("--").split(".")
     scores: dict[str, float] = {}
     for name in known:
@@ -53,7 +53,7 @@ def either(words: Sequence[str]) -> str:
 
 
 def noun(kinds: Sequence[type]) -> str:
-    """What a user calls an object of the first of these classes: ``model``, ``optimizer``, ``callback``."""
+    """Return the common noun for objects of the first of these classes: ``model``, ``optimizer``, ``callback``."""
     if not kinds:
         return "class"
     names = [cls.__name__ for cls in kinds[0].__mro__]
@@ -64,16 +64,16 @@ def noun(kinds: Sequence[type]) -> str:
 
 
 def subclasses(kinds: Iterable[type]) -> list[str]:
-    """Names of the public classes of these kinds that are imported and can be made, sorted."""
+    """Return the names of imported public classes of these kinds that can be instantiated, sorted."""
     return sorted({cls.__name__ for kind in kinds for cls in (kind, *_descendants(kind)) if _is_public(cls)})
 
 
 def arguments(path: str) -> list[str]:
-    """Names of all arguments of a class, also those that it hands on as ``**kwargs``."""
+    """Return the names of all arguments of a class, with those that it passes on as ``**kwargs``."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     try:
         parser.add_class_arguments(resolve(path), fail_untyped=False, sub_configs=False)
-    except Exception:  # near names are a courtesy: whatever cannot be read has none
+    except Exception:  # similar names are optional: a class that cannot be read has none
         return []
     return [name for name in vars(parser.get_defaults()) if name != "params"]
 
@@ -93,7 +93,7 @@ def submodules(module: str) -> list[str]:
 
 
 def resolve(path: str) -> Any:
-    """What a dotted path leads to; None if to nothing."""
+    """Return the object at a dotted path; None if there is none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None)
@@ -102,7 +102,7 @@ def resolve(path: str) -> Any:
 
 
 def check_namespace(cls: object) -> None:
-    """Refuses a module of the package ``pytorch_lightning``.
+    """Raise for a module of the package ``pytorch_lightning``.
 
     Raises:
         TypeError: if ``cls`` is one of its modules or data modules; names both packages.
@@ -126,7 +126,7 @@ def other_namespace(cls: type) -> str | None:
 
 
 def unregistered_name(trainer: Mapping[str, Any]) -> str | None:
-    """What is wrong with the name of a strategy or accelerator, which Lightning would say without near names."""
+    """Return the error for an unknown strategy or accelerator; Lightning's own error has no similar names."""
     for key, known in (
         ("strategy", ["auto", *StrategyRegistry.available_strategies()]),
         ("accelerator", ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]),
@@ -142,7 +142,7 @@ def _likeness(first: str, second: str) -> float:
 
 
 def _best(scores: dict[str, float], least: float) -> list[str]:
-    """The names with the best score and those as good, three at most."""
+    """Return the names with the best score, or nearly the best, at most three."""
     names = sorted(scores, key=lambda name: -scores[name])[:3]
     return [name for name in names if scores[name] >= max(least, scores[names[0]] - 0.05)]
 

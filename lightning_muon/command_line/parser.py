@@ -19,7 +19,7 @@ SETTINGS_HELP = {
     "other_optimizer": "Optimizer of all other parameters; AdamW unless given. Arguments without a class, as in "
     "--%s.lr 3e-3, are AdamW's.",
     "schedule": "Multiplier of all learning rates; constant unless given.",
-    "parameter_rules": "Where parameters go and with which options, on top of what is found by itself.",
+    "parameter_rules": "Rules that override the automatic partition: group, layout and options of parameters.",
 }
 """Help of :data:`~lightning_muon.mixin.SETTINGS`; ``%s`` stands for the option."""
 
@@ -31,7 +31,7 @@ _NO_OPTIMIZER_ARGUMENTS = (
 
 
 class MuonArgumentParser(LightningArgumentParser):
-    """``LightningArgumentParser`` with errors of at most eight lines: the cause and near names.
+    """``LightningArgumentParser`` with errors of at most eight lines: the cause and similar names.
 
     Options are not abbreviated, so that a wrong one is never taken for another. With the environment variable
     ``LIGHTNING_MUON_FULL_ERRORS=1`` the whole report of jsonargparse is printed.
@@ -46,11 +46,11 @@ class MuonArgumentParser(LightningArgumentParser):
             self.add_argument(f"--{name}", type=type(None), default=None, help=argparse.SUPPRESS)
 
     def add_optimizer_args(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: MuonCLI has the optimizers of matrices and of the rest."""
+        """Raises ``TypeError``: MuonCLI has ``--matrix_optimizer`` and ``--other_optimizer``."""
         raise TypeError(_NO_OPTIMIZER_ARGUMENTS.format(method="add_optimizer_args"))
 
     def add_lr_scheduler_args(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: MuonCLI has ``--schedule``."""
+        """Raises ``TypeError``: MuonCLI has ``--schedule``."""
         raise TypeError(_NO_OPTIMIZER_ARGUMENTS.format(method="add_lr_scheduler_args"))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -70,7 +70,7 @@ class MuonArgumentParser(LightningArgumentParser):
         self.exit(2)
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
-        """As in jsonargparse, less the settings for modules without the mixin where the model has them itself."""
+        """As in jsonargparse, without the settings for modules without the mixin if the model has them itself."""
         cfg = cfg.clone()
         for section in (cfg, *(cfg[name] for name in self._subcommands() if name in cfg)):
             model = section.get("model") or {}
@@ -82,7 +82,7 @@ class MuonArgumentParser(LightningArgumentParser):
         return dumped
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """Help with the model, the data and the optimizers before the Trainer, in plain words."""
+        """Help with the model, the data and the optimizers before the Trainer, without Sphinx markup."""
         groups, usage = self._action_groups, self.usage
         if usage is None and not self._subcommands():  # 40 lines of Trainer options otherwise
             self.usage = f"{self.prog.replace(' [options]', '')} [options]"

@@ -1,7 +1,8 @@
-"""Reads a report of jsonargparse, an indented tree, down to the leaf that is meant.
+"""Reads an error report of jsonargparse, an indented tree, down to the leaf that explains the error.
 
-A report names a key, then the members of its type, for each the class that was tried, then a key of that class, and so
-on. All of it is text, the same in jsonargparse 4.40 and 4.53; the exceptions behind it keep only the first member.
+A report names a key, then the members of its type. For each member it names the class that was tried, then a key of
+that class, and so on. The text is the same in jsonargparse 4.40 and 4.53. The exceptions behind it keep only the first
+member.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Problem:
         key: dotted key of the setting, less ``init_args``.
         owner: path of the class whose argument the leaf is about, if any.
         kinds: classes that the setting may be of.
-        value: the value given, as text.
-        expected: simple types and choices that the setting may have, where the value is of none of them.
+        value: the given value, as text.
+        expected: simple types and choices of the setting, if the value is none of them.
     """
 
     text: str
@@ -35,7 +36,7 @@ class Problem:
 
 
 def read_report(report: str) -> Problem:
-    """The leaf that is meant; where a type has many members, that of the member which came nearest."""
+    """Return the leaf that explains the error; for a union, that of the member that fits the value best."""
     return _read(report, Problem(""))
 
 
@@ -105,7 +106,7 @@ def _expected(text: str) -> tuple[str, ...]:
 
 
 def _classes_in(annotation: str) -> tuple[type, ...]:
-    """Classes that a type may be or give, in the order of its text, without builtins and collections."""
+    """Return the classes that a type names, in the order of its text, without builtins and collections."""
     paths = re.findall(r"(?:\w+\.)+[A-Z]\w*", annotation)
     found = (resolve(path) for path in paths if path.split(".")[0] not in ("typing", "collections"))
     return tuple(dict.fromkeys(cls for cls in found if isinstance(cls, type)))

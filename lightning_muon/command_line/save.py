@@ -1,4 +1,4 @@
-"""Saving the config of a run where an earlier run has saved its own."""
+"""Saves the config of a run beside that of an earlier run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class SaveConfigBeside(SaveConfigCallback):
-    """Lightning's callback, which writes ``config-v1.yaml`` and so on beside a ``config.yaml`` of an earlier run.
+    """Lightning's callback, but it writes ``config-v1.yaml`` and so on beside a ``config.yaml`` of an earlier run.
 
-    Without a logger all runs share a folder, and Lightning's own refuses the second. The numbers are those that
-    ``ModelCheckpoint`` gives to checkpoints in the same case.
+    Without a logger all runs share a folder, and Lightning's callback raises in the second run. ``ModelCheckpoint``
+    numbers checkpoints in the same way.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What a command line is refused for, in a few lines: the cause and near names, no pages of usage and nested unions."""
+"""Explains errors of a command line in a few lines: the cause and similar names, without usage and nested unions."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PLAIN_OPTIONS = ("optimizer", "lr_scheduler")
 """Options of a plain ``LightningCLI`` that ``MuonCLI`` does without."""
 
 MAX_LINES = 6
-"""Lines of an explanation; what is printed around it adds two at most."""
+"""Maximum lines of an explanation; at most two lines are printed around it."""
 
 
 def explain(report: str, parser: argparse.ArgumentParser, error: BaseException | None = None) -> str:
-    """What is wrong and what may be meant, in at most :data:`MAX_LINES` lines.
+    """Explain an error and suggest similar names, in at most :data:`MAX_LINES` lines.
 
     Args:
         report: the message of jsonargparse.
         parser: the parser of the subcommand, whose options are offered.
-        error: the exception behind the report; its causes tell the file and line of a failed import.
+        error: the exception behind the report; its causes have the file and line of a failed import.
     """
     problem = read_report(report)
     sentence = _failed_import(problem, error)
@@ -68,13 +68,17 @@ def _unknown_argument(problem: Problem, found: re.Match[str], parser: argparse.A
         return f"No setting {name!r}.{near}"
     part = name.split(".")[0]
     if part == "class_path":
-        return f"{_at(problem)}Beside class_path stand init_args and dict_kwargs only: put the rest under init_args."
+        return (
+            f"{_at(problem)}Only init_args and dict_kwargs may stand beside class_path: put the rest under init_args."
+        )
     if meant := names.near(part, ("class_path", "init_args", "dict_kwargs")):
         return f"{_at(problem)}No key {part!r}. Did you mean {meant[0]}?"
     if names.resolve(problem.owner) in (LightningModule, LightningDataModule):
         return _module_without_class(problem.key, name)
     near = names.did_you_mean(name, names.arguments(problem.owner), list_few=True)
-    if names.resolve(problem.owner) in problem.kinds and "Did you mean" not in near:  # the base class, maybe not chosen
+    if (
+        names.resolve(problem.owner) in problem.kinds and "Did you mean" not in near
+    ):  # perhaps the base class, and no subclass was chosen
         near += f" An argument of a subclass needs its class before it: --{problem.key} CLASS."
     return f"{_at(problem)}{problem.owner} has no argument {name!r}.{near}"
 
@@ -121,7 +125,7 @@ def _wrong_base(problem: Problem, found: re.Match[str], parser: argparse.Argumen
     if isinstance(cls, type) and (sentence := names.other_namespace(cls)):
         return _at(problem) + sentence
     base = problem.kinds[0].__name__ if problem.kinds else found[2]
-    return f"{_at(problem)}{path or problem.value} is no {names.noun(problem.kinds)}, as it is no subclass of {base}."
+    return f"{_at(problem)}{path or problem.value} is no {names.noun(problem.kinds)}: it is not a subclass of {base}."
 
 
 def _class_needed(problem: Problem, found: re.Match[str], parser: argparse.ArgumentParser) -> str:
@@ -183,7 +187,7 @@ def _wrong_value(problem: Problem) -> str:
 
 
 def _failed_import(problem: Problem, error: BaseException | None) -> str | None:
-    """What was raised while the module of a class was executed, if that is behind the report."""
+    """Return the error from importing the module of a class, if that caused the report."""
     while error is not None:
         frames = extract_tb(error.__traceback__)
         executed = any(frame.name == "<module>" for frame in frames)
@@ -213,15 +217,15 @@ def _no_plain_option(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _instead(word: str, parser: argparse.ArgumentParser) -> str:
-    """What MuonCLI has for an option of a plain LightningCLI."""
+    """Name the options of MuonCLI to use instead of an option of a plain LightningCLI."""
     ends = ("schedule",) if "lr_scheduler" in word else ("matrix_optimizer", "other_optimizer")
     ours = [option for option in _options(parser) if option.endswith(ends)]
     ours = [option for option in ours if option.startswith("--model.")] or ours or [f"--model.{end}" for end in ends]
-    return f"A plain LightningCLI has it; here use {names.either(ours)}."
+    return f"A plain LightningCLI has it; use {names.either(ours)} instead."
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Options of a parser, less those that show help or append, and what is often set of an optimizer."""
+    """Yield the options of a parser and common arguments of optimizers, without options that show help or append."""
     for action in parser._actions:
         for option in action.option_strings if action.help != argparse.SUPPRESS else ():
             if option.startswith("--") and not option.endswith((".help", "+")):

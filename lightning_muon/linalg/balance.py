@@ -1,4 +1,4 @@
-"""Rows and columns of a matrix divided by their norms."""
+"""Division of the rows and columns of a matrix by their norms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def balance(
     simultaneous ones of ``exponent=0.5`` likewise (Ruiz' equilibration).
 
     Signs are kept, and zero rows and columns stay zero: there is no epsilon. Line norms are taken after division by the
-    line's largest entry, so that lines of very different sizes come out right together.
+    line's largest entry, so that lines of very different sizes are all accurate.
 
     Args:
         matrices: floating-point tensor (..., m, n).

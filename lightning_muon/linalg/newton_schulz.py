@@ -37,7 +37,7 @@ def newton_schulz(x: Tensor, polynomials: Polynomials) -> Tensor:
 
 
 def gram_newton_schulz(x: Tensor, polynomials: Polynomials) -> Tensor:
-    r"""The same as :func:`newton_schulz` with fewer products where a matrix is at least twice as long as wide.
+    r"""The same as :func:`newton_schulz` with fewer products if a matrix is at least twice as long as wide.
 
     A polynomial is :math:`X \leftarrow GX` with :math:`G = aI + bR + cR^2` and the Gram matrix :math:`R = XX^\top`, so
     that the products :math:`Q` of all :math:`G` can be found without X, from
@@ -47,8 +47,8 @@ def gram_newton_schulz(x: Tensor, polynomials: Polynomials) -> Tensor:
     Rounding errors of R are of the size of its largest eigenvalues, and the polynomials are steep at zero: eigenvalues
     that are nearly zero would soon be lost in them, or become negative and grow. So after two polynomials, and then
     after every three, X is replaced by QX, R by its Gram matrix, and Q by I. That suffices for the rounding of float32,
-    not for bfloat16's or TensorFloat-32's: where float32 products are allowed those
-    (``torch.set_float32_matmul_precision``), and where the form would save nothing, :func:`newton_schulz` is run.
+    not for that of bfloat16 or TensorFloat-32. If ``torch.set_float32_matmul_precision`` allows those for float32
+    products, or if the form would save nothing, :func:`newton_schulz` is run.
 
     Five polynomials of an (m, n) matrix take 8 m^2 n + 28 m^3 operations instead of 20 m^2 n + 10 m^3.
 

@@ -50,12 +50,12 @@ def orthogonalize(
     ``svd``           --    exactly 1      ``torch.linalg.svd`` in float32 or float64
     ================= ===== ============== ==========================================================================
 
-    Smaller singular values come out smaller, and zero stays zero. ``qdwh`` brings all to 1 that are at least 2.4e-5 of
-    the norm in float32 (3.7e-11 in float64), and what a matrix of lower rank holds beside them in rounding errors to
-    below 0.003. ``svd`` brings to 1 what is above the rounding error of the largest, and leaves the rest out.
+    Smaller singular values come out smaller, and zero stays zero. ``qdwh`` brings singular values to 1 that are at
+    least 2.4e-5 of the norm in float32 (3.7e-11 in float64), and rounding errors of a matrix of lower rank to below
+    0.003. ``svd`` brings singular values to 1 that are above the rounding error of the largest, and drops the rest.
 
-    ``jordan`` is what Muon is known by. ``polar_express`` comes closer to 1 at the same price, and ``gram`` takes half
-    the time where a matrix is eight times as long as wide, if the others are to run in float32 too. ``qdwh`` is for
+    ``jordan`` is the usual method of Muon. ``polar_express`` comes closer to 1 at the same cost. ``gram`` takes half
+    the time of the others in float32 if a matrix is eight times as long as wide. ``qdwh`` is for
     rules that need the polar factor itself: from twice (width 128 and up) to ten times (width 64, square) the time of
     ``polar_express`` in float32 on a CPU.
 
@@ -64,7 +64,7 @@ def orthogonalize(
         method: name of the iteration.
         steps: number of iterations; None for the method's own. Fewer stop early, which leaves small singular values
             small; more repeat the last polynomial, or with ``qdwh`` (4 in float32, 5 in float64) its limit.
-        dtype: what the products are computed in. None: float64 for float64 input, else bfloat16 on CUDA and on CPUs
+        dtype: dtype of the products. None: float64 for float64 input, else bfloat16 on CUDA and on CPUs
             that multiply it fast (AVX512-BF16, AMX), else float32. Four methods never go below float32: ``svd`` and
             ``qdwh``, which factorize; ``cans``, whose first polynomial nearly vanishes at 0.84, where bfloat16 would
             round the sign away; and ``gram``, whose Gram matrix would get negative eigenvalues.

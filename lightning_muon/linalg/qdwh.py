@@ -9,15 +9,15 @@ from torch import Tensor
 
 from lightning_muon.linalg.newton_schulz import exact_products, newton_schulz
 
-_QR_ABOVE = 100.0  # condition number up to which a Cholesky factorization loses nothing that matters
-_CLOSING = (0.0, 2.5, -1.5)  # 0 and 1 are its fixed points, with slope 0: what is nearly 0 vanishes
+_QR_ABOVE = 100.0  # condition number up to which a Cholesky factorization is accurate enough
+_CLOSING = (0.0, 2.5, -1.5)  # 0 and 1 are fixed points with slope 0: values near 0 vanish
 
 
 @exact_products()
 def qdwh(x: Tensor, steps: int | None = None) -> Tensor:
     r"""The polar factor of a stack of matrices with singular values in [0, 1].
 
-    A step applies the rational function :math:`\sigma (a + b\sigma^2) / (1 + c\sigma^2)` to the singular values, whose
+    A step applies the rational function :math:`\sigma (a + b\sigma^2) / (1 + c\sigma^2)` to the singular values. Its
     weights are the best for values from a lower bound :math:`\ell` to 1:
 
     .. math::

@@ -1,4 +1,4 @@
-"""Stacks of matrices brought to a common scale, whatever the size of their entries."""
+"""Scaling of stacks of matrices to a common norm, whatever the size of their entries."""
 
 from __future__ import annotations
 

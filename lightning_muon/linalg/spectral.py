@@ -1,4 +1,4 @@
-"""What the singular values of matrices say: norms, ranks, distance from orthogonality."""
+"""Statistics of the singular values of matrices: norms, ranks, distance from orthogonality."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_muon.linalg.newton_schulz import exact_products
 from lightning_muon.linalg.scale import check_matrices, largest_magnitude
 
 _MIX = 0.1
-"""How much of the fixed start joins a warm vector; what that costs in precision, the iterations undo."""
+"""Share of the fixed start that is added to a warm vector; the iterations undo the loss of precision."""
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """What one pass found out about matrices X (..., m, n) with r = min(m, n) singular values s_1 >= ... >= s_r.
+    """Results of one pass over matrices X (..., m, n) with r = min(m, n) singular values s_1 >= ... >= s_r.
 
     Args:
         size: r.
@@ -76,7 +76,7 @@ class Spectra:
 
 
 def exact_spectra(matrices: Tensor) -> Spectra:
-    """Everything, from the singular values.
+    """Compute all statistics from the singular values.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
@@ -85,7 +85,7 @@ def exact_spectra(matrices: Tensor) -> Spectra:
         Spectra of batch shape (...), NaN for matrices that hold NaN or infinity.
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
     """
     check_matrices("exact_spectra", matrices)
     values = singular_values(matrices)
@@ -101,7 +101,7 @@ def exact_spectra(matrices: Tensor) -> Spectra:
 def estimate_spectra(
     matrices: Tensor, vectors: Tensor | None = None, *, iterations: int = 16, gram: bool = True
 ) -> tuple[Spectra, Tensor]:
-    """What is cheap: no singular values, and the spectral norm by power iteration.
+    """Compute the cheap statistics: no singular values, and the spectral norm by power iteration.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
@@ -113,7 +113,7 @@ def estimate_spectra(
         Spectra of batch shape (...), and the vectors for the next call.
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
         ValueError: for vectors of another shape, or less than one iteration.
     """
     check_matrices("estimate_spectra", matrices)
@@ -137,7 +137,7 @@ def singular_values(matrices: Tensor) -> Tensor:
     """All singular values, descending: (..., m, n) -> (..., min(m, n)).
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
     """
     check_matrices("singular_values", matrices)
     scaled = _Scaled(matrices)
@@ -148,9 +148,9 @@ def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations:
     """The spectral norm from below, by power iteration with X^T X that keeps the best of all iterates (Lanczos).
 
     Sixteen iterations came within 0.3 % on Gaussian matrices and updates of Muon, whose singular values lie close
-    together. Without ``vectors`` it begins with a fixed vector, which takes no random numbers. With them it goes on
-    from where an earlier call ended, on matrices that may have changed a little; a tenth of the fixed vector is mixed
-    in, so that a direction that has overtaken the leading one is found. Four iterations a call will then do.
+    together. Without ``vectors`` it begins with a fixed vector, which takes no random numbers. With ``vectors`` it
+    goes on from an earlier call, on matrices that may have changed a little. A tenth of the fixed vector is added, so
+    that a new leading direction is found. Four iterations per call are then enough.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
@@ -161,7 +161,7 @@ def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations:
         Norms (...) and vectors (..., r): right singular vectors of tall matrices, left ones of wide ones.
 
     Raises:
-        TypeError: for what is no floating-point matrix.
+        TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
         ValueError: for vectors of another shape, or less than one iteration.
     """
     check_matrices("power_iteration", matrices)
@@ -243,7 +243,7 @@ class _Scaled:
 
     @property
     def tall(self) -> Tensor:
-        """(B, m, n) or its transpose, with the r columns that Gram matrices and power iteration are about."""
+        """(B, m, n) or its transpose, with r columns, for Gram matrices and power iteration."""
         m, n = self.matrices.shape[-2:]
         return self.matrices if m >= n else self.matrices.mT
 
@@ -315,17 +315,17 @@ def _decompose(tall: Tensor) -> Tensor:
         if tall.dtype == torch.float64 or tall.device.type == "mps":  # which has no float64
             values: Tensor = torch.linalg.svdvals(tall)
             return values
-        # Right to about 1e-8 of the largest, a decomposition in float32 to about 1e-7, and that takes longer.
+        # Accurate to about 1e-8 of the largest; a decomposition in float32 is to about 1e-7, and takes longer.
         wide = tall.double()
         with _float_products(wide):
             squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # rare, and no reason to end a run
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # rare, and must not end a run
         return tall.new_full(tall[:, 0].shape, torch.nan)
     return squares.clamp_(min=0).sqrt_().flip(-1).to(tall.dtype)
 
 
 @contextmanager
 def _float_products(matrices: Tensor) -> Iterator[None]:
-    """Multiply in the dtype of the matrices meanwhile, whatever the user allows and under autocast too."""
+    """Multiply in the dtype of the matrices meanwhile, whatever the user's settings, and also under autocast."""
     with exact_products(), torch.autocast(matrices.device.type, enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""Whitening of a matrix: its rows made uncorrelated and of equal size, by a Newton-Schulz iteration."""
+"""Whitening by a Newton-Schulz iteration: makes the rows of a matrix uncorrelated and of equal size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def whiten(matrices: Tensor, beta: float = 0.5, steps: int = 10, *, overwrite: b
     .. math::
         Y_{k+1} = \beta\, Y_k (3I - Z_k Y_k), \qquad Z_{k+1} = \beta\, (3I - Z_k Y_k) Z_k,
 
-    and returns :math:`P_k = Z_k X`. All its matrices commute, so :math:`Z_k Y_k = P_k P_k^\top`, and
-    :math:`P_{k+1} = \beta (3I - P_k P_k^\top) P_k` is what is computed: the same numbers, but rounding cannot make
-    :math:`Z_k Y_k` indefinite, upon which the coupled form diverges where X lacks rank.
+    and returns :math:`P_k = Z_k X`. All its matrices commute, so :math:`Z_k Y_k = P_k P_k^\top`. Therefore
+    :math:`P_{k+1} = \beta (3I - P_k P_k^\top) P_k` is computed, which gives the same result. In the coupled form
+    rounding can make :math:`Z_k Y_k` indefinite, and the iteration then diverges if X is rank-deficient.
 
     With :math:`\beta = 1/2` the singular values converge to 1, from below: those of :math:`X / \|X\|_F` grow by 1.5 a
     step while small, so that 10 steps bring 0.04 to 0.99, and 30 steps 1e-5. With :math:`\beta = 0.8`, as
-    implementations of SWAN have it (arXiv 2412.13148), they grow by 2.4, but never settle: after 10 steps those from
+    in implementations of SWAN (arXiv 2412.13148), they grow by 2.4, but do not converge: after 10 steps those from
     0.001 on lie between 0.56 and 1.60.
 
     Args:

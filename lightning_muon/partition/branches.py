@@ -1,4 +1,4 @@
-"""How the layers of a module hang together, by their widths: what ends a branch, what reads data, what is parallel."""
+"""How the layers of a module are connected, judged by widths: which end a branch, read data, or are parallel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SKIP = re.compile(r"(^|_)(skip|short_?cut|residual|bypass)(_|$)", re.IGNORECASE
 
 
 def data_readers(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """First layers: those whose input is as wide as the output of no layer before them, so that they read data."""
+    """Return the layers that read data: no layer before them has an output as wide as their input."""
     readers, given = [], set()
     for leaf in leaves:
         if leaf.fan_in not in given and not _follows_in_sequential(leaf, leaves):
@@ -25,7 +25,7 @@ def data_readers(leaves: Sequence[Leaf]) -> list[Leaf]:
 
 
 def ends_in_hidden_width(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Site]) -> bool:
-    """Whether a layer is as wide as a hidden state: an embedding, a norm, what another layer takes, or fused maps."""
+    """Whether a layer's output is as wide as an embedding, a norm or another layer's input, or holds fused maps."""
     if is_normed_or_embedded(last.fan_out, sites):
         return True
     readers = [leaf for leaf in data_readers(leaves) if not _may_read_feature_map(leaf, leaves)]
@@ -35,7 +35,7 @@ def ends_in_hidden_width(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Sit
 
 
 def _may_read_feature_map(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether a Linear may read a flattened feature map: of channels that a convolution before it gives."""
+    """Whether a Linear may read a flattened feature map with the channels of a convolution before it."""
     if reader.kind == "conv":
         return False
     channels = {leaf.fan_out for leaf in leaves[: leaves.index(reader)] if leaf.kind == "conv"}
@@ -43,7 +43,7 @@ def _may_read_feature_map(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 
 def is_fused(leaf: Leaf) -> bool:
-    """Whether a layer fuses several maps, or perhaps does: q, k and v, or a value and its gate."""
+    """Whether a layer fuses or may fuse several maps: q, k and v, or a value and its gate."""
     blocks = fused_blocks(leaf.site, leaf.fan_out, leaf.fan_in)
     return blocks != Blocks() and blocks.inner
 
@@ -60,9 +60,9 @@ def is_normed_or_embedded(width: int, sites: Sequence[Site]) -> bool:
 
 
 def ends_branch(last: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether another branch ends in the width of this one: two towers that meet in a dot product.
+    """Whether another branch ends in the same width: two towers that meet in a dot product.
 
-    Branches that begin with the same hidden state are no towers but heads of several tasks.
+    Branches that begin with the same hidden state are not towers, but heads of several tasks.
     """
     for leaf in leaves:
         if leaf is last or (leaf.fan_out, leaf.kind) != (last.fan_out, last.kind):
@@ -77,15 +77,15 @@ def ends_branch(last: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 
 def _is_around(leaf: Leaf, last: Leaf, depth: int) -> bool:
-    """Whether one of two branches is a skip connection around the other: their outputs are added, no towers."""
+    """Whether one of two branches is a skip connection around the other: outputs are added, so these are no towers."""
     return any(len(path) == depth + 1 and _SKIP.search(path[depth]) for path in (leaf.path, last.path))
 
 
 def parallel_ends(last: Leaf, leaves: Sequence[Leaf]) -> list[Leaf]:
-    """Layers that end branches beside that of the last one and take the same input: heads of other tasks.
+    """Return layers that end branches beside that of ``last`` and take the same input: heads of other tasks.
 
-    Either single layers, each perhaps with an activation around it, or branches of several layers that begin with the
-    same width, one that an earlier layer gives. They are registered one after the other, the last one among them.
+    The branches are either single layers, perhaps with an activation, or branches of several layers whose first layers
+    read the same width, which is the output width of an earlier layer. They are registered next to each other.
     """
     depth, parent = holder(last)
     if isinstance(parent, nn.Sequential):
@@ -102,7 +102,7 @@ def parallel_ends(last: Leaf, leaves: Sequence[Leaf]) -> list[Leaf]:
 
 
 def _parallel_branches(last: Leaf, depth: int, leaves: Sequence[Leaf]) -> list[Leaf]:
-    """Last layers of the branches beside the one that ends in this leaf, where all begin with one hidden state."""
+    """Return the last layers of the branches beside that of ``last``, if all begin with the same hidden state."""
     while depth > 0 and isinstance(last.modules[depth], nn.Sequential):
         depth -= 1
     parent = last.modules[depth]
@@ -111,7 +111,7 @@ def _parallel_branches(last: Leaf, depth: int, leaves: Sequence[Leaf]) -> list[L
     own = _within(leaves, last.path[: depth + 1])
     if own[-1] is not last or len(own) < 2:
         return []
-    names = list(dict.fromkeys(leaf.path[depth] for leaf in leaves if _is_in(leaf, parent, depth)))
+    names = list(dict.fromkeys(leaf.path[depth] for leaf in leaves if _is_inside(leaf, parent, depth)))
     found: list[Leaf] = []
     for name in reversed(names[: names.index(last.path[depth])]):
         branch = _within(leaves, (*last.path[:depth], name))
@@ -122,13 +122,13 @@ def _parallel_branches(last: Leaf, depth: int, leaves: Sequence[Leaf]) -> list[L
 
 
 def _are_parallel(branch: Sequence[Leaf], other: Sequence[Leaf], leaves: Sequence[Leaf]) -> bool:
-    """Whether two branches begin with the same hidden state: one that a layer before both of them gives."""
+    """Whether two branches begin with the same hidden state, the output of a layer before both."""
     first = min(leaves.index(branch[0]), leaves.index(other[0]))
     given = {leaf.fan_out for leaf in leaves[:first]}
     return branch[0].fan_in == other[0].fan_in and branch[0].fan_in in given
 
 
-def _is_in(leaf: Leaf, parent: nn.Module, depth: int) -> bool:
+def _is_inside(leaf: Leaf, parent: nn.Module, depth: int) -> bool:
     return depth < len(leaf.path) and leaf.modules[depth] is parent
 
 

@@ -1,4 +1,4 @@
-"""What no partition can serve, refused with what to use instead."""
+"""Errors for modules and parameters that cannot be partitioned, with what to use instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_module(module: nn.Module) -> None:
     """Raise if the module's matrices cannot be seen: not created yet, or flattened into shards.
 
     Raises:
-        TypeError: if it is no module.
+        TypeError: if ``module`` is not a module.
         ValueError: if a parameter is lazy and has no shape yet, or if FSDP1 or DeepSpeed ZeRO-3 holds the parameters.
     """
     if not isinstance(module, nn.Module):
@@ -36,9 +36,7 @@ def check_module(module: nn.Module) -> None:
         if getattr(parameter, "_is_flat_param", False):
             raise ValueError(f"The parameter {name!r} is a flat shard of FullyShardedDataParallel (FSDP1). {_USE_DDP}")
         if hasattr(parameter, "ds_id"):
-            raise ValueError(
-                f"DeepSpeed ZeRO-3 keeps the parameter {name!r} and with it the matrices as flat shards. {_USE_DDP}"
-            )
+            raise ValueError(f"DeepSpeed ZeRO-3 keeps matrices as flat shards, e.g. the parameter {name!r}. {_USE_DDP}")
 
 
 def check_parameter(parameter: Tensor, sites: list[Site], sent_to_other: bool) -> None:

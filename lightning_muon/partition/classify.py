@@ -33,7 +33,7 @@ _GATE = re.compile(r"(^|_)(gates?|gating)$", re.IGNORECASE)
 _TABLE = re.compile(r"embed|table|codebook|codevector|(^|_)(emb|pos)(_|$)", re.IGNORECASE)
 _QUANTIZER = re.compile(r"codebook|quantizer|vectorquant", re.IGNORECASE)
 _TRANSPOSED_EXPERTS = {"GptOssExperts", "Llama4TextExperts"}
-# What wins where a shared parameter plays several roles: the one whose optimizer is safe for all of them.
+# The first of these roles wins if a shared parameter has several: its optimizer is safe for all of them.
 _PRECEDENCE: tuple[Role, ...] = ("embedding", "head", "router", "input", "vector", "other", "hidden")
 
 
@@ -42,16 +42,16 @@ def partition_parameters(module: nn.Module, rules: Sequence[ParameterRule] = ())
 
     Hidden matrices go to the group ``"matrix"``; embeddings, output heads, input stems, routers, vectors and everything
     unknown go to ``"other"``. A shared parameter has one entry, as an embedding if any of its owners is one. Frozen
-    parameters are listed too. The first Linear of an MLP and both factors of a LoRA adapter are hidden matrices; how
-    heads and stems are found is described in :mod:`~lightning_muon.partition.heads` and
-    :mod:`~lightning_muon.partition.inputs`. Rules override any of it.
+    parameters are listed too. The first Linear of an MLP and both factors of a LoRA adapter are hidden matrices. Rules
+    override these decisions. :mod:`~lightning_muon.partition.heads` and :mod:`~lightning_muon.partition.inputs`
+    describe how heads and stems are found.
 
     Args:
-        module: the model; wrappers (``torch.compile``, DDP, Fabric, activation checkpointing) are looked through.
+        module: the model; wrappers (``torch.compile``, DDP, Fabric, activation checkpointing) are skipped.
         rules: overrides, in order; see :class:`~lightning_muon.ParameterRule`.
 
     Raises:
-        TypeError: if ``module`` is no module or a rule no :class:`ParameterRule`.
+        TypeError: if ``module`` is not a module, or a rule is not a :class:`ParameterRule`.
         ValueError: if a rule matches nothing, sends a vector to ``"matrix"`` or sets a layout that does not fit; if an
             embedding is sparse or a parameter complex, and no rule sends it to ``"other"``; if a parameter is lazy and
             has no shape yet; if FSDP1 or ZeRO-3 holds the parameters as flat shards.
@@ -94,7 +94,7 @@ def _candidate(sites: Sequence[Site], heads: dict[int, str], stems: dict[int, st
 
 
 def _verdict(site: Site, heads: dict[int, str], stems: dict[int, str]) -> Verdict:
-    """What one site makes of its parameter; the order of the questions is the order of certainty."""
+    """Return the verdict on a parameter from one of its sites; the most certain evidence is checked first."""
     owner, parameter, kind = site.owner, site.parameter, class_name(site.owner)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and site.part != "magnitude":
         return Verdict("embedding", "Embedding table." if kind == "Embedding" else f"Embedding table of {kind}.")
@@ -214,7 +214,7 @@ def _expert_layout(site: Site) -> tuple[MatrixLayout, str]:
 
 
 def _transposed_by_bias(owner: nn.Module) -> bool | None:
-    """Whether experts are stored (E, fan-in, fan-out): a stack of biases (E, fan-out) beside a weight tells."""
+    """Whether experts are stored (E, fan-in, fan-out): a stack of biases (E, fan-out) beside a weight shows it."""
     for name, weight in owner._parameters.items():
         for bias_name in (f"{name}_bias", name.replace("weight", "bias")):
             bias = owner._parameters.get(bias_name)
@@ -266,9 +266,9 @@ def _is_vector(parameter: nn.Parameter, layout: MatrixLayout | None) -> bool:
 
 
 def _raw(site: Site) -> Verdict:
-    """A tensor that its module holds itself and whose use no type tells: a table, a token, or anything else.
+    """Classify a tensor that its module holds itself and whose use no type shows: a table, a token, or other.
 
-    In a ``ParameterList`` or a ``ParameterDict`` the name of the list speaks, and so does the key in the dictionary.
+    In a ``ParameterList`` or ``ParameterDict`` the name of the list is used, and the key in the dictionary.
     """
     in_list = isinstance(site.owner, (nn.ParameterList, nn.ParameterDict)) and bool(site.path)
     names = (site.path[-1], site.local) if in_list else (site.local,)

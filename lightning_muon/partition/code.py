@@ -1,6 +1,6 @@
-"""What the code of a class does with its tensors: which of them it applies as linear maps, and from which side.
+"""Which tensors the code of a class applies as linear maps, and from which side.
 
-Read from the source of the class; nothing is run. Only plain uses count: ``F.linear(x, w)``,
+The source of the class is read; nothing is run. Only plain uses count: ``F.linear(x, w)``,
 ``x @ w``, ``torch.matmul(x, w)`` (or ``mm``, ``addmm``) and ``einsum`` of two operands, where ``w`` is
 ``self.name``, ``self.name[i]``, an element of a loop over ``self.name``, a local name for one of these, or its
 transpose.
@@ -25,7 +25,7 @@ _FLIPS = {"t", "T", "mT", "transpose"}
 _ACTIVATIONS = {"silu", "swish", "relu", "gelu", "elu", "sigmoid", "tanh", "softplus", "act", "act_fn", "activation"}
 _NORM = re.compile(r"(^|_)(ln|(layer|rms)?_?norm|drop(out)?)(_|$)", re.IGNORECASE)
 _EQUATION = re.compile(r"^([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)$")
-# Rows of such tensors are things that inputs are compared with: x @ self.keys.T is no layer.
+# Inputs are compared with the rows of such tensors: x @ self.keys.T is not a layer.
 _ROWS = re.compile(
     r"(^|_)(keys?|quer(y|ies)|mem|memory|memories|prototypes?|cent(er|roid)s?|anchors?|slots?|tokens?|latents?|atoms?)(_|$)",
     re.IGNORECASE,
@@ -33,7 +33,7 @@ _ROWS = re.compile(
 
 
 ONLY_MAP = ""
-"""Key of what is known of the only map of a class, where the code does not tell its name."""
+"""Key for the only map of a class, if the code does not show its name."""
 
 
 class Applied(NamedTuple):
@@ -49,12 +49,12 @@ class Applied(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """How code cuts a layer's output.
+    """How code splits a layer's output.
 
     Args:
-        parts: how many parts there are.
-        dim: the dimension along which they lie; None if that is no constant.
-        sizes: what the code writes for the size of each part, e.g. ``"self.rank"``; empty where they are equal.
+        parts: number of parts.
+        dim: the dimension that is split; None if it is not a constant.
+        sizes: the code for the size of each part, e.g. ``"self.rank"``; empty if the sizes are equal.
     """
 
     parts: int
@@ -63,7 +63,7 @@ class Fused(NamedTuple):
 
 
 def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
-    """The attributes of a module's class that its methods apply as linear maps, always in the same way."""
+    """Return the attributes that a class's methods apply as linear maps, always in the same way."""
     uses: dict[str, set[Applied]] = {}
     for base, methods in _live_methods(owner):
         for name, applied in _uses_in(base, methods):
@@ -72,10 +72,10 @@ def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
 
 
 def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
-    """The layers of a module's class whose output its methods cut into parts: several maps fused in one.
+    """Return the layers of a class whose output its methods split into parts: several maps fused in one.
 
-    ``self.name(x).chunk(3, dim=-1)`` or ``torch.chunk``, ``split`` into named parts, also by way of a local name or of
-    a sum of several layers' outputs, as of the gates in a recurrent cell; and ``F.glu``, which is two.
+    Found are ``self.name(x).chunk(3, dim=-1)`` or ``torch.chunk``, ``split`` into named parts, and ``F.glu``, which has
+    two parts. The input may be a local name or a sum of several layers' outputs, as for the gates of a recurrent cell.
     """
     found: dict[str, set[Fused]] = {}
     for base, methods in _live_methods(owner):
@@ -85,10 +85,10 @@ def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
 
 
 def _live_methods(owner: type) -> Iterator[tuple[type, frozenset[str]]]:
-    """The classes whose code is read, each with the names of those of its methods that ``owner`` can reach.
+    """Yield the classes whose code is read, each with the names of its methods that ``owner`` can reach.
 
-    A method that a class earlier in the MRO defines again is dead, unless one that lives calls it by ``super()`` or by
-    its class.
+    A method that a class earlier in the MRO overrides is dead, unless a live method calls it by ``super()`` or by its
+    class.
     """
     defined: set[str] = set()
     by_super: set[str] = set()
@@ -114,7 +114,7 @@ def _calls_of_bases(method: object) -> frozenset[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=16384)
 def _calls_in(function: CodeType) -> frozenset[tuple[str, str]]:
-    """Kept for each function: those of ``nn.Module``, more than a hundred, are asked about for every layer."""
+    """Cached per function: every layer has the methods of ``nn.Module``, more than a hundred."""
     calls: set[tuple[str, str]] = set()
     codes = [function]
     while codes:
@@ -139,7 +139,7 @@ def _cuts_in(base: type, methods: frozenset[str]) -> tuple[tuple[str, Fused], ..
 
 
 def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Fused]]:
-    """Cuts of what ``self.name(...)`` returned, in the order of the lines, for names may be bound again."""
+    """Yield splits of the output of ``self.name(...)``, in the order of the lines, because names may be bound again."""
     arguments = [*method.args.posonlyargs, *method.args.args]
     self_name = arguments[0].arg if arguments else ""
     made: dict[str, set[str]] = {}
@@ -155,7 +155,7 @@ def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
                 source, fused = cut
                 names = _sources(source, self_name, made)
                 if len(names) > 1 and fused.dim == 1:
-                    # Gates of a recurrent cell, whose inputs have no dimension of tokens; nothing says so for sure.
+                    # Perhaps gates of a recurrent cell, whose inputs have no dimension of tokens.
                     fused = fused._replace(dim=None)
                 for name in sorted(names):
                     yield name, fused
@@ -166,7 +166,7 @@ def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
 
 
 def _targets(statement: ast.stmt, call: ast.Call) -> int:
-    """To how many names a statement binds what a call gives; 0 unless it unpacks it."""
+    """Return the number of names to which a statement unpacks the result of a call; 0 if it does not unpack it."""
     if isinstance(statement, ast.Assign) and statement.value is call and len(statement.targets) == 1:
         target = statement.targets[0]
         if isinstance(target, ast.Tuple) and not any(isinstance(part, ast.Starred) for part in target.elts):
@@ -175,7 +175,7 @@ def _targets(statement: ast.stmt, call: ast.Call) -> int:
 
 
 def _cut(call: ast.Call, targets: int) -> tuple[ast.expr, Fused] | None:
-    """(what is cut, how) of a call that cuts a tensor into parts, which ``targets`` names are bound to."""
+    """Return (tensor, how) of a call that splits a tensor into parts, which are bound to ``targets`` names."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     named = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -200,9 +200,10 @@ def _cut(call: ast.Call, targets: int) -> tuple[ast.expr, Fused] | None:
 
 
 def _sources(node: ast.expr, self_name: str, made: Mapping[str, set[str]]) -> set[str]:
-    """The layers and maps of ``self`` whose outputs an expression is.
+    """Return the names of the layers and maps of ``self`` whose output an expression is.
 
-    ``self.name(...)``, ``x @ self.name`` and the like, a local name, an activation or a norm, or a sum of these.
+    The expression is ``self.name(...)``, ``x @ self.name`` or similar, a local name, an activation or norm of one, or a
+    sum of these.
     """
     if isinstance(node, ast.Name):
         return made.get(node.id, set())
@@ -224,7 +225,7 @@ def _is_attribute_of(node: ast.expr, self_name: str) -> TypeGuard[ast.Attribute]
 
 
 def evaluate_size(expression: str, owner: nn.Module) -> int | None:
-    """A size as code of a module writes it: an integer made of attributes of ``self``; None for anything else."""
+    """Evaluate a size in a module's code: an integer computed from attributes of ``self``; None for anything else."""
     return _evaluate(ast.parse(expression, mode="eval").body, owner)
 
 
@@ -249,7 +250,7 @@ def _evaluate(node: ast.expr, owner: nn.Module) -> int | None:
 
 
 def _constant(node: ast.expr | None, default: int | None) -> int | None:
-    """An integer in code, the default where the argument is left out, None for anything else."""
+    """Return an integer in code; the default if the argument is left out; None for anything else."""
     if node is None:
         return default
     try:
@@ -264,7 +265,7 @@ def _is_module_of_torch(node: ast.expr) -> bool:
 
 
 def _methods(base: type, names: frozenset[str]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The methods of a class that have these names, but for ``__init__``, as far as their files can be read."""
+    """Return the methods of a class with these names, except ``__init__``, if their files can be read."""
     found = []
     for method in _functions(base, names):
         code = inspect.unwrap(method).__code__
@@ -299,7 +300,7 @@ def _uses_in(base: type, names: frozenset[str]) -> tuple[tuple[str, Applied], ..
 
 
 def _uses_in_bytecode(methods: Sequence[FunctionType]) -> tuple[tuple[str, Applied], ...]:
-    """What a class without a source (typed at a prompt, or piped in) does with its only map: products of one kind."""
+    """Return how a class without source (typed at a prompt, or piped in) applies its only map, if in one way."""
     names: set[str] = set()
     products = False
     for method in methods:
@@ -329,13 +330,13 @@ def _uses_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
 
 
 def _is_one_hot(node: ast.expr) -> bool:
-    """Whether an input selects rows of the tensor, which makes a table of it."""
+    """Whether an input is one-hot and selects rows of the tensor, so that the tensor is a table."""
     names = (getattr(part, "attr", getattr(part, "id", "")) for part in ast.walk(node))
     return any(isinstance(name, str) and "onehot" in name.lower().replace("_", "") for name in names)
 
 
 def _products(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, bool]]:
-    """(input, map, whether the map is multiplied from the right as it is stored) of a product."""
+    """Yield (input, map, whether the map is multiplied from the right as it is stored) of a product."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
         yield node.left, node.right, True
     if not isinstance(node, ast.Call):
@@ -357,7 +358,7 @@ def _products(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr, bool]]:
 
 
 def _direction(equation: str) -> bool | None:
-    """Whether the second operand of an einsum is a map from the right, (..., fan-in, fan-out); None if it is no map."""
+    """Whether the second operand of an einsum is a map (..., fan-in, fan-out), from the right; None if it is no map."""
     parts = _EQUATION.match(equation)
     if parts is None:
         return None
@@ -370,7 +371,7 @@ def _direction(equation: str) -> bool | None:
 
 
 class _Held(NamedTuple):
-    """A tensor of ``self`` in an expression: its name, whether it is transposed, whether it is an element of that."""
+    """A tensor of ``self`` in an expression: its name, whether it is transposed, and whether it is indexed."""
 
     name: str
     flipped: bool = False
@@ -378,7 +379,7 @@ class _Held(NamedTuple):
 
 
 class _Reader:
-    """Reads the expressions of one method; local names that stand for one tensor throughout the method are known."""
+    """Reads the expressions of one method, with local names that mean one tensor throughout the method."""
 
     def __init__(self, self_name: str, method: ast.AST) -> None:
         self._self = self_name
@@ -390,7 +391,7 @@ class _Reader:
         self._names = {name: found[0] for name, found in values.items() if len(found) == 1 and found[0] is not None}
 
     def tensor(self, node: ast.expr) -> _Held | None:
-        """What an expression holds, if it is a tensor of ``self``, its transpose, a cast or an element of it."""
+        """Return the tensor of ``self`` that an expression is, or whose transpose, cast or element it is; else None."""
         if isinstance(node, ast.Name):
             return self._names.get(node.id)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -409,7 +410,7 @@ class _Reader:
         return None
 
     def _bound(self, node: ast.AST) -> Iterator[tuple[str, _Held | None]]:
-        """Names that a statement binds."""
+        """Yield the names that a statement binds."""
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Name):

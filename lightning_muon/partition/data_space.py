@@ -1,9 +1,9 @@
 """Heads in the space of the data: the last layers of decoders and generators.
 
-A layer is one if it ends a branch of the module as wide as what a first layer reads (the shapes say so), or if it ends
-a part whose name and whose neighbour's name say what it makes: a decoder beside an encoder, a generator beside a
-discriminator, an actor beside a critic. The names are asked where the shapes cannot tell: a generator reads noise, a
-conditional encoder reads the data with covariates appended.
+A layer is such a head by shape or by name. By shape: it ends a branch of the module, and its output is as wide as the
+input of a layer that reads data. By name: it ends a decoder beside an encoder, a generator beside a discriminator, or
+an actor beside a critic. Names decide where shapes cannot: a generator reads noise, and a conditional encoder reads
+the data with covariates appended.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from lightning_muon.partition.sites import Site
 _ROLES = (("encoder", "decoder"), ("generator or actor", "discriminator or critic"))
 _ENCODER = re.compile(r"(^|_)enc(oders?)?(_|$)", re.IGNORECASE)
 _MOST_FIELDS = 64
-"""Up to how many embeddings side by side a width is taken for: the input of a tabular or click-through model."""
+"""Most embeddings whose concatenation a width is taken for: the input of a tabular or click-through model."""
 
 _MOST_STATES = 8
-"""Up to how many hidden states side by side a width is taken for."""
+"""Most hidden states whose concatenation a width is taken for."""
 
 
 def data_space_heads(leaves: Sequence[Leaf], sites: Sequence[Site], known: set[Leaf]) -> list[tuple[Leaf, str]]:
-    """Layers that end in the space of the data, with a sentence for each.
+    """Return the layers that end in the space of the data, with a sentence for each.
 
     Args:
         leaves: all layers.
         sites: all sites.
-        known: the layers that are heads already.
+        known: layers that are already known to be heads.
     """
     others = [leaf for leaf in leaves if leaf not in known]
     by_shape = _by_shape(others, sites)
@@ -63,12 +63,12 @@ def _by_shape(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf,
         ):
             continue
         found[leaf] = reader
-    # The other of two towers, or an earlier one of like blocks: the same width, and read by what follows.
+    # A layer as wide whose output is read later: in the other of two towers, or in an earlier block of the same kind.
     hidden = [leaf for leaf in leaves if leaf not in found and leaf.fan_out in first and _may_end(leaf)]
     return [
         (
             leaf,
-            f"Output head: ends a branch in the space of the data, as wide as what {'.'.join(reader.path)!r} reads.",
+            f"Output head: ends a branch in the space of the data, as wide as the input of {'.'.join(reader.path)!r}.",
         )
         for leaf, reader in found.items()
         if not any((o.fan_out, o.kind) == (leaf.fan_out, leaf.kind) and _ends_a_part(o, leaves) for o in hidden)
@@ -94,23 +94,23 @@ def _by_name(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, 
 
 
 def _beside(heads: Sequence[Leaf], leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
-    """Layers parallel to heads in data space, of other widths: further parameters of a likelihood."""
+    """Return layers parallel to heads in data space, with other widths: further parameters of a likelihood."""
     found = {}
     for head in heads:
         for leaf in parallel_ends(head, leaves):
             taken = any(other.fan_in == leaf.fan_out for other in leaves[leaves.index(leaf) + 1 :])
             if leaf not in heads and not taken and not is_normed_or_embedded(leaf.fan_out, sites):
-                found[leaf] = f"Output head: takes the same input as {'.'.join(head.path)!r}, which gives data."
+                found[leaf] = f"Output head: takes the same input as {'.'.join(head.path)!r}, which outputs data."
     return list(found.items())
 
 
 def _may_end(leaf: Leaf, *, square: bool = False) -> bool:
-    """Whether a layer can be a head at all. A square one keeps the space that it reads: a residual or a cross layer."""
+    """Whether a layer can be a head. A square layer may not: it stays in its input's space, as residual layers do."""
     return leaf.kind != "other" and not inside_known(leaf) and (square or leaf.fan_in != leaf.fan_out)
 
 
 def _is_read(leaf: Leaf, leaves: Sequence[Leaf], readers: Sequence[Leaf]) -> bool:
-    """Whether a later layer takes what a layer gives; a later encoder or discriminator reads data of its own."""
+    """Whether a later layer takes a layer's output; a later encoder or discriminator reads its own data instead."""
     for other in leaves[leaves.index(leaf) + 1 :]:
         if other.fan_in != leaf.fan_out or other in readers:
             continue
@@ -132,7 +132,7 @@ def _reads_data_by_name(leaf: Leaf, depth: int) -> bool:
 
 
 def _is_chained(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether the leaf lies in one of several like blocks that can follow each other: it ends where they begin."""
+    """Whether the leaf is in one of several blocks of one type, and its output is as wide as a block's input."""
     for depth in range(len(leaf.site.parents)):
         if is_repeated(leaf, depth):
             container, block = leaf.modules[depth], leaf.modules[depth + 1]
@@ -143,7 +143,7 @@ def _is_chained(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 
 def _may_read_hidden_states(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether a first layer may read some hidden states of one width side by side, or a flattened feature map."""
+    """Whether a first layer may read concatenated hidden states of one width, or a flattened feature map."""
     if reader.kind == "conv":
         return False
     for leaf in leaves[: leaves.index(reader)]:
@@ -154,13 +154,13 @@ def _may_read_hidden_states(reader: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 
 def _is_inverted_bottleneck(reader: Leaf, leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether the two are up- and down-projection of one feed-forward block, which works on any axis as wide."""
+    """Whether the two are the up- and down-projection of one feed-forward block, which may work on any axis."""
     follows = leaves.index(leaf) == leaves.index(reader) + 1
     return follows and reader.fan_out == leaf.fan_in and reader.fan_out >= leaf.fan_out
 
 
 def _is_hidden_width(leaf: Leaf, reader: Leaf, sites: Sequence[Site]) -> bool:
-    """Whether an embedding, some embeddings side by side, or a norm other than of the input has the leaf's width."""
+    """Whether an embedding, a concatenation of embeddings, or a norm not of the input has the leaf's width."""
     width = leaf.fan_out
     start = next(index for index, site in enumerate(sites) if site.owner is reader.site.owner)
     inner = [site for site in sites[start:] if not isinstance(site.owner, (nn.Embedding, nn.BatchNorm1d))]
@@ -171,7 +171,7 @@ def _is_hidden_width(leaf: Leaf, reader: Leaf, sites: Sequence[Site]) -> bool:
 
 
 def _ends(part: Sequence[Leaf]) -> list[Leaf]:
-    """The last layer of a part, and the others that read the same and whose output no layer of the part takes."""
+    """Return the last layer of a part, and others with the same input whose output no layer of the part takes."""
     last = part[-1]
     taken = {leaf.fan_in for leaf in part}
     others = (leaf for leaf in part[:-1] if (leaf.kind, leaf.fan_in) == (last.kind, last.fan_in))
@@ -179,9 +179,9 @@ def _ends(part: Sequence[Leaf]) -> list[Leaf]:
 
 
 def _is_taken(leaf: Leaf, part: Sequence[Leaf], leaves: Sequence[Leaf]) -> bool:
-    """Whether a layer outside a part takes what the leaf gives: by itself, beside something else or reshaped.
+    """Whether a layer outside a part takes the leaf's output: alone, concatenated or reshaped.
 
-    A layer whose input is as wide as no layer's output may; an encoder or a discriminator reads data of its own.
+    A layer whose input is as wide as no layer's output may take it; an encoder or discriminator reads its own data.
     """
     given = {other.fan_out for other in leaves}
     for other in leaves[leaves.index(part[-1]) + 1 :]:
@@ -192,14 +192,14 @@ def _is_taken(leaf: Leaf, part: Sequence[Leaf], leaves: Sequence[Leaf]) -> bool:
 
 
 def _is_made_elsewhere(leaf: Leaf, leaves: Sequence[Leaf], sites: Sequence[Site]) -> bool:
-    """Whether the leaf's width is that of a hidden state: of a norm, an embedding, or a layer of another part."""
+    """Whether the leaf has the width of a hidden state: of a norm, an embedding, or a layer's input elsewhere."""
     readers = data_readers(leaves)
     inner = any(other.fan_in == leaf.fan_out and other not in readers for other in leaves)
     return inner or is_normed_or_embedded(leaf.fan_out, sites)
 
 
 def _ends_a_part(leaf: Leaf, leaves: Iterable[Leaf]) -> bool:
-    """Whether the leaf is the last layer of a module that holds several."""
+    """Whether the leaf is the last layer of the module around it."""
     part = [other for other in leaves if other.path[:-1] == leaf.path[:-1]]
     return part[-1] is leaf
 

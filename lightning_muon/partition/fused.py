@@ -70,7 +70,7 @@ class Blocks(NamedTuple):
         split: sizes of the maps along fan-out.
         repeats: how often they recur.
         note: a phrase for the user.
-        inner: whether the output is a hidden state for sure; heads are split too, into boxes and classes.
+        inner: whether the output is certainly a hidden state; heads are split too, e.g. into boxes and classes.
     """
 
     split: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
 
     Args:
         site: the layer's weight. What its parent calls the layer, e.g. ``"qkv"``, and the class, attributes and config
-            of the parent give the sizes; the last layer of an ``nn.Sequential`` goes by the name of the whole.
+            of the parent give the sizes; the last layer of an ``nn.Sequential`` has the name of the whole.
         fan_out: rows of the weight.
         fan_in: columns of the weight.
     """
@@ -103,7 +103,7 @@ def fused_blocks(site: Site, fan_out: int, fan_in: int) -> Blocks:
 
 
 def raw_blocks(name: str, owner: nn.Module, fan_out: int, fan_in: int) -> Blocks:
-    """The maps of a tensor that a module holds itself, as its code cuts them; a note if only its name says several."""
+    """The maps of a tensor that a module holds itself, as its code splits them; a note if only the name shows them."""
     blocks = _of_code(name, owner, fan_out, fan_in)
     if blocks is not None:
         return blocks
@@ -168,7 +168,7 @@ def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks 
         return None
     convolved = isinstance(_child(parent, name), nn.modules.conv._ConvNd)
     certain = fused.dim in ({1, -3, -4} if convolved else {-1, 2, 3})
-    # Different sizes that add up to the fan-out are none of tokens.
+    # Different sizes that add up to the fan-out do not split tokens.
     certain = certain or (fused.dim in {None, 1} and len(set(fused.sizes)) > 1)
     if not certain and (fused.dim is not None or not set(sizes) <= _widths_taken(parent)):
         return None
@@ -179,7 +179,7 @@ def _of_code(name: str, parent: nn.Module, fan_out: int, fan_in: int) -> Blocks 
 
 
 def _sizes_of_parts(fused: Fused, parent: nn.Module, fan_out: int) -> tuple[int, ...]:
-    """Rows of each part; empty where the code leaves them open."""
+    """Rows of each part; empty if the code does not fix them."""
     if not fused.sizes:
         return (fan_out // fused.parts,) * fused.parts if fan_out % fused.parts == 0 else ()
     sizes = [evaluate_size(size, parent) for size in fused.sizes]
@@ -194,7 +194,7 @@ def _child(parent: nn.Module, name: str) -> nn.Module | None:
 
 
 def _gated_in_sequential(site: Site, fan_out: int) -> bool:
-    """Whether ``nn.GLU`` or the like takes the output of a layer in an ``nn.Sequential``, after a dropout perhaps."""
+    """Whether ``nn.GLU`` or a similar module follows a layer in an ``nn.Sequential``, perhaps after a dropout."""
     if not isinstance(site.parent, nn.Sequential) or fan_out % 2:
         return False
     layers = list(site.parent._modules.items())
@@ -205,14 +205,14 @@ def _gated_in_sequential(site: Site, fan_out: int) -> bool:
 
 
 def _gated_beside(site: Site, fan_out: int) -> bool:
-    """Whether a gated activation stands beside a layer, and a layer beside takes half of what this one gives."""
+    """Whether a gated activation is beside a layer, and a layer beside it takes half of this layer's output."""
     if site.parent is None or isinstance(site.parent, nn.Sequential) or fan_out % 2:
         return False
     return fan_out // 2 in _widths_taken(site.parent) and any(map(_is_gate, site.parent.children()))
 
 
 def _is_gate(module: nn.Module) -> bool:
-    """Whether a module multiplies one half of its input by a gate made of the other, without weights of its own."""
+    """Whether a module without weights multiplies one half of its input by a gate computed from the other half."""
     return type(module).__name__ in _GATED and not any(True for _ in module.parameters())
 
 
@@ -294,10 +294,10 @@ def _widths_taken(parent: nn.Module) -> set[int]:
 
 
 def _names_and_parents(site: Site) -> Iterator[tuple[str, nn.Module]]:
-    """The layer's name and parent, and those of what wraps the layer alone.
+    """The layer's name and parent, and those of modules that wrap only this layer.
 
     ``to_qkv`` may be an ``nn.Sequential`` that ends in the layer, ``qkv`` a module that holds the layer and its norm,
-    ``kqv_lin`` one that holds a like layer for each type of node.
+    ``kqv_lin`` one that holds a layer for each type of node.
     """
     name, parent = site.owner_name, site.parent
     if parent is None:

@@ -1,11 +1,11 @@
-"""Heads by their names: what a layer's name says of it, where the layers around it agree.
+"""Heads by their names, if the layers around them agree.
 
-Three kinds of names, from strong to weak:
+There are three kinds of names, from strong to weak:
 
 * Distribution, quantile and basis heads of forecasting libraries (GluonTS, pytorch-forecasting, neuralforecast, darts,
   transformers): heads wherever they are registered, in every block.
 * Common head names (``lm_head``, ``classifier``): where no later layer takes the output, outside repeated blocks.
-* Names that hidden layers have too (``out``, ``output_layer``): also the width must be that of no hidden state.
+* Names that hidden layers have too (``out``, ``output_layer``): also the width must not be that of a hidden state.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _HEAD_NAMES = {
     "to_logits",
     "to_pixels",
 }
-# Never anything else, whatever width the layers registered after it read.
+# Always heads, even if layers registered later read the same width.
 _SURE_NAMES = {"class_head", "decoder_pred", "embed_out", "lm_head", "qa_outputs", "segmentation_head", "to_logits"}
-# Names that hidden layers have too: they count only where the width is that of no hidden state.
+# Names that hidden layers have too: they count only if no hidden state has the width.
 _LIKELY_NAMES = {
     "fc_out",
     "final_layer",
@@ -93,25 +93,25 @@ _PROJECTION_NAMES = {"projection_head", "proj_head"}
 
 
 def named_heads(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
-    """Heads of the whole model by their names, with a sentence for each."""
+    """Return heads of the whole model by their names, with a sentence for each."""
     return [*_wherever_registered(leaves, _DISTRIBUTION), *_common(leaves, sites)]
 
 
 def basis_heads(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
-    """Heads of blocks by their names: coefficients of a basis and the basis, each block's own; see N-BEATS."""
+    """Return heads of blocks by their names: the coefficients of a basis and the basis of each block, as in N-BEATS."""
     return [*_wherever_registered(leaves, _BASIS), *_before_a_basis(leaves)]
 
 
 def inside_projection_head(leaf: Leaf) -> bool:
-    """Whether the leaf is part of a projection head of self-supervised learning, which ends in an embedding."""
+    """Whether the leaf is in a projection head of self-supervised learning, which ends in an embedding."""
     if leaf.path[-1:] in (("last_layer",), ("prototypes",)):
-        return False  # DINO's and SwAV's scores of prototypes: classes.
+        return False  # Scores of prototypes in DINO and SwAV are classes.
     by_class = any(_PROJECTION_HEAD.search(type(part).__name__) for part in leaf.modules)
     return by_class or not _PROJECTION_NAMES.isdisjoint(leaf.path)
 
 
 def _wherever_registered(leaves: Sequence[Leaf], names: re.Pattern[str]) -> list[tuple[Leaf, str]]:
-    """The last layers of parts with the names of distribution and quantile heads, or of basis heads, in every block."""
+    """Return the last layers of parts named like distribution, quantile or basis heads, in every block."""
     found = []
     what = "of a basis expansion" if names is _BASIS else "of a distribution or of quantiles"
     for path, part in _parts(leaves, names).items():
@@ -127,7 +127,7 @@ def _wherever_registered(leaves: Sequence[Leaf], names: re.Pattern[str]) -> list
 
 
 def _is_basis_head(leaf: Leaf, path: tuple[str, ...], leaves: Sequence[Leaf]) -> bool:
-    """Whether only basis layers take what a layer gives, in a block with a forecast or behind layers of the block.
+    """Whether only basis layers take a layer's output, and the block has a forecast or layers before this one.
 
     The coefficients and the basis that they weigh are factors of one linear map to the forecast.
     """
@@ -148,7 +148,7 @@ def _is_basis_head(leaf: Leaf, path: tuple[str, ...], leaves: Sequence[Leaf]) ->
 
 
 def _before_a_basis(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
-    """The last layer of a block that hands its output to a basis, a part without a layer that reads that width."""
+    """Return last layers of blocks that pass their output to a basis, a part without a layer that reads that width."""
     found: dict[int, tuple[Leaf, str]] = {}
     for leaf in leaves:
         for depth, block in enumerate(leaf.modules[:-1]):
@@ -169,7 +169,7 @@ def _is_basis(name: str, child: nn.Module) -> bool:
 
 
 def _common(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
-    """The last layers of each part with a head's name, where no later layer takes their output."""
+    """Return the last layers of each part with a head's name, if no later layer takes their output."""
     found = []
     for path, part in _parts(leaves, _HEAD_NAMES | _LIKELY_NAMES).items():
         named = next(name for name in reversed(path) if name in _HEAD_NAMES | _LIKELY_NAMES)
@@ -187,7 +187,7 @@ def _common(leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, s
 
 
 def _parts(leaves: Sequence[Leaf], names: set[str] | re.Pattern[str]) -> dict[tuple[str, ...], list[Leaf]]:
-    """The layers of each part with such a name, by its path; outside repeated blocks where the names are common."""
+    """Return the layers of each part with such a name, by its path; common names only outside repeated blocks."""
     parts: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in leaves:
         for depth, name in enumerate(leaf.path):
@@ -203,7 +203,7 @@ def _parts(leaves: Sequence[Leaf], names: set[str] | re.Pattern[str]) -> dict[tu
 
 
 def _ends(part: Sequence[Leaf]) -> list[Leaf]:
-    """The last layer of a part, those that end branches beside it and read the same, and those added to its output."""
+    """Return the last layer of a part, parallel layers with the same input, and layers added to its output."""
     last = part[-1]
     taken = {leaf.fan_in for leaf in part}
     added = (leaf for leaf in part[:-1] if (leaf.kind, leaf.fan_out) == (last.kind, last.fan_out))
@@ -213,7 +213,7 @@ def _ends(part: Sequence[Leaf]) -> list[Leaf]:
 
 
 def _ends_of_tasks(part: Sequence[Leaf], depth: int) -> list[Leaf]:
-    """The last layer of each child of a container of heads."""
+    """Return the last layer of each child of a container of heads."""
     last = {leaf.path[depth : depth + 1]: leaf for leaf in part}
     return list(last.values())
 
@@ -223,7 +223,7 @@ def _looks_hidden(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Site]) -> 
 
 
 def _keeps_its_space(name: str, part: Sequence[Leaf]) -> bool:
-    """Whether a part of several layers returns to the width that it reads: the predictor of BYOL, no output."""
+    """Whether a part of several layers returns to its input width: a predictor as in BYOL, not an output."""
     return name in {"head", "prediction_head", "predictor"} and len(part) > 1 and part[0].fan_in == part[-1].fan_out
 
 
@@ -233,7 +233,7 @@ def _is_read_within(leaf: Leaf, parent: nn.Module, leaves: Sequence[Leaf]) -> bo
 
 
 def _is_read_later(leaf: Leaf, part: Sequence[Leaf], leaves: Sequence[Leaf]) -> bool:
-    """Whether a later layer takes the output of a layer, or the outputs of all children of its part side by side."""
+    """Whether a later layer takes the output of a layer, or the concatenated outputs of its part's children."""
     later = leaves[leaves.index(part[-1]) + 1 :]
     together = {leaf.fan_out}
     if len(part) > 1 and all(other.fan_out == leaf.fan_out for other in part):

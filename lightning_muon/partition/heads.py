@@ -3,12 +3,12 @@
 1. The model says so: ``get_output_embeddings()`` (Hugging Face), ``get_classifier()`` (timm),
    ``nn.AdaptiveLogSoftmaxWithLoss``.
 2. Outside the base model of a Hugging Face model, a last layer with ``num_labels`` or ``vocab_size`` outputs.
-3. A layer that ends a branch of the module in the space of the data: as wide as what a first layer reads. See
-   :mod:`~lightning_muon.partition.data_space`.
+3. A layer that ends a branch of the module in the space of the data: as wide as the input of a layer that reads data.
+   See :mod:`~lightning_muon.partition.data_space`.
 4. A common head name (``lm_head``, ``classifier``, ``args_proj``, ``theta_b_fc``, ...). See
    :mod:`~lightning_muon.partition.head_names`.
-5. Only if 1, 2 and 4 found none of the whole model and no Linear is tied to an embedding: the last registered layer,
-   unless something shows that its output is a hidden state. See :func:`_last_layer` for what does.
+5. Only if 1, 2 and 4 found no head of the whole model and no Linear is tied to an embedding: the last registered layer,
+   unless there are signs that its output is a hidden state. :func:`_last_layer` lists the signs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _CLASS_COUNTS = ("num_classes", "n_classes", "num_labels", "vocab_size", "num_it
 
 
 def find_heads(module: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
-    """Output heads of a module.
+    """Find the output heads of a module.
 
     Args:
-        module: the root.
+        module: the root module.
         sites: all its parameter sites.
 
     Returns:
@@ -43,7 +43,7 @@ def find_heads(module: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
     found = [*named_heads(leaves, sites), *_of_hugging_face(leaves)]
     named = {leaf for leaf, _ in found}
     in_data_space = data_space_heads(leaves, sites, named)
-    # A single output may also be a score inside the model, as in attention pooling: no reason to stop looking.
+    # A single output may also be a score inside the model, as in attention pooling: the search goes on.
     certain = is_declared or declared or any(leaf.fan_out > 1 for leaf, _ in found) or _has_tied_head(sites)
     found = [*in_data_space, *basis_heads(leaves), *found]
     if not certain:
@@ -53,7 +53,7 @@ def find_heads(module: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
 
 
 def _declared(module: nn.Module) -> tuple[dict[int, str], bool]:
-    """Heads that models declare, and whether a model declared anything (also that it has no head)."""
+    """Return the heads that models declare, and whether a model declared anything, even that it has no head."""
     heads: dict[int, str] = {}
     declared = False
     for part in module.modules():
@@ -75,7 +75,7 @@ def _declared(module: nn.Module) -> tuple[dict[int, str], bool]:
 
 
 def _weights_of(head: object) -> list[nn.Parameter]:
-    """The weight of a head; of its last layer, where the head is a part of several."""
+    """Return the weight of a head; of its last layer, if the head has several layers."""
     weight = getattr(head, "weight", None)
     if isinstance(weight, nn.Parameter):
         return [weight]
@@ -85,7 +85,7 @@ def _weights_of(head: object) -> list[nn.Parameter]:
 
 
 def _of_hugging_face(leaves: Sequence[Leaf]) -> list[tuple[Leaf, str]]:
-    """Last layers outside the base model with as many outputs as the config has labels or tokens."""
+    """Return last layers outside the base model with as many outputs as the config has labels or tokens."""
     last: dict[tuple[int, str], tuple[Leaf, nn.Module]] = {}
     for leaf in leaves:
         for depth, model in enumerate(leaf.site.parents):
@@ -106,15 +106,21 @@ def _has_tied_head(sites: Sequence[Site]) -> bool:
 
 
 def _last_layer(module: nn.Module, leaves: Sequence[Leaf], sites: Sequence[Site]) -> list[tuple[Leaf, str]]:
-    """The last registered layer and those parallel to it, unless there is a sign that its output is a hidden state.
+    """Return the last registered layer and those parallel to it, unless its output shows signs of a hidden state.
 
-    Signs: it belongs to a repeated block, an attention or transformer layer, a projection head of self-supervised
-    learning, or a Hugging Face base model; it is as wide as an embedding or a norm (the width of the residual stream;
-    in a model scored against its embeddings the last layer writes there); a layer that does not read data takes inputs
-    of this width; it fuses several maps; another branch ends in the same width (two towers that meet in a dot product).
-    A convolution also needs to be pointwise or to return to the channels of the input. The last layer of a plain
-    ``nn.Sequential`` model is a head whatever its width, and so is one with as many outputs as a module around it says
-    there are classes, labels, tokens or items.
+    The signs are:
+
+    * It belongs to a repeated block, an attention or transformer layer, a projection head of self-supervised learning,
+      or a Hugging Face base model.
+    * It is as wide as an embedding or a norm, which have the width of the residual stream. The last layer writes there
+      in a model that is scored against its embeddings.
+    * A layer that does not read data takes inputs of this width.
+    * It fuses several maps.
+    * Another branch ends in the same width: two towers that meet in a dot product.
+
+    A convolution must also be pointwise or return to the channels of the input. The last layer of a plain
+    ``nn.Sequential`` model is a head whatever its width. So is a layer with as many outputs as a module around it has
+    classes, labels, tokens or items.
     """
     trainable = [leaf for leaf in leaves if leaf.trainable] or list(leaves)
     if not trainable or trainable[-1].site.owner is module or trainable[-1].kind == "other":
@@ -132,15 +138,15 @@ def _last_layer(module: nn.Module, leaves: Sequence[Leaf], sites: Sequence[Site]
         return []
     else:
         reason = (
-            f"Output head: the last layer, and its width, {last.fan_out}, is that of no hidden state. "
+            f"Output head: the last layer, and no hidden state has its width, {last.fan_out}. "
             "A rule can send it to the matrix group."
         )
-    beside = f"Output head: beside the last layer, {'.'.join(last.path)!r}, and reads as many features."
+    beside = f"Output head: beside the last layer, {'.'.join(last.path)!r}, and has as many inputs."
     return [(last, reason), *((leaf, beside) for leaf in parallel_ends(last, trainable))]
 
 
 def _is_output_conv(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
-    """Whether a convolution gives each position's classes (pointwise) or an image like the input's."""
+    """Whether a convolution gives classes for each position (pointwise), or as many channels as the input has."""
     kernel = leaf.site.owner.kernel_size
     convolution = isinstance(leaf.site.owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     pointwise = convolution and all(size == 1 for size in kernel)  # type: ignore[union-attr]
@@ -148,7 +154,7 @@ def _is_output_conv(leaf: Leaf, leaves: Sequence[Leaf]) -> bool:
 
 
 def _class_count(leaf: Leaf) -> str:
-    """An attribute, hyperparameter or config entry around the leaf that counts classes and equals its fan-out."""
+    """Return the attribute, hyperparameter or config entry around the leaf that counts classes and is its fan-out."""
     for module in reversed(leaf.site.parents):
         for source in (module, getattr(module, "config", None), getattr(module, "hparams", None)):
             for name in _CLASS_COUNTS:

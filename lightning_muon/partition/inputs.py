@@ -1,4 +1,4 @@
-"""Which layers are input stems: they read raw pixels, samples or spectra, not hidden states."""
+"""Finds input stems: layers that read raw pixels, samples or spectra, not hidden states."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def find_input_stems(sites: Sequence[Site]) -> dict[int, str]:
-    """Input stems of a module.
+    """Find the input stems of a module.
 
-    A convolution is one if it is the first layer of the model; or if no layer before it gives the number of channels
-    that it takes, and that number is 1, 3 or 4 (samples, pixels) or what a config around it calls the channels of the
-    input. One channel beside an embedding is no stem: convolutional recommenders treat embedded items as an image. A
-    Linear is one only as the first layer of a patch embedding; the first Linear of an MLP stays a hidden matrix.
+    A convolution is a stem if it is the first layer of the model. It is also one if no layer before it outputs its
+    number of input channels, and that number is 1, 3 or 4 (samples, pixels) or the channel count in a config around
+    it. A convolution over one channel beside an embedding is not a stem: convolutional recommenders treat embedded
+    items as an image. A Linear is a stem only as the first layer of a patch embedding; the first Linear of an MLP stays
+    a hidden matrix.
 
     Returns:
         A sentence for each stem, by ``id`` of its weight.
@@ -53,7 +54,7 @@ def find_input_stems(sites: Sequence[Site]) -> dict[int, str]:
 
 
 def _patch_embedding(site: Site) -> nn.Module | None:
-    """The patch embedding that a layer is part of: by its class, or by the name of an ``nn.Sequential``."""
+    """Return the patch embedding around a layer, found by its class or by the name of an ``nn.Sequential``."""
     for name, part in zip((*site.path, ""), (*site.parents, site.owner), strict=True):
         inner = part._modules.get(name) if name else None
         if "PatchEmbed" in type(part).__name__:

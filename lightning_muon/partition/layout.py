@@ -14,7 +14,7 @@ from torch import Tensor
 class MatrixView(NamedTuple):
     """A strided view of a parameter-shaped tensor whose dimensions are (batch..., rows..., columns...).
 
-    Rows are fan-out, columns fan-in. ``shape`` is what the view holds once each of the three kinds is flattened.
+    Rows are fan-out, columns fan-in. ``shape`` is the shape with each of the three kinds of dimensions flattened.
     """
 
     tensor: Tensor
@@ -80,7 +80,7 @@ class MatrixLayout:
     def views(self, tensor: Tensor) -> list[MatrixView]:
         """Views of ``tensor`` (any strides) that together hold each of its elements once; writing to them writes to it.
 
-        One view where all blocks have the same size, one a block otherwise.
+        One view if all blocks have the same size, else one view per block.
 
         Raises:
             ValueError: if a tensor of this shape cannot be read in this layout.
@@ -110,7 +110,7 @@ class MatrixLayout:
         return [view.shape for view in self.views(torch.empty(tuple(shape), device="meta"))]
 
     def read(self, tensor: Tensor) -> list[Tensor]:
-        """The matrices of ``tensor``: one (B, m, n) tensor a view, copied where strides make it necessary."""
+        """The matrices of ``tensor``: one (B, m, n) tensor per view, copied if strides require it."""
         return [view.tensor.reshape(view.shape) for view in self.views(tensor)]
 
     def write(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers of a module in the order of computation, as far as registration and names tell it."""
+"""The layers of a module in the order of computation, as far as registration and names show it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAIRS = (
         re.compile(rf"(^|_)(net_?)?(d|dis|disc|discriminators?|critics?){_SUFFIX}", re.IGNORECASE),
     ),
 )
-"""Names of parts of which the first feeds the second: encoder and decoder; generator and discriminator or critic."""
+"""Names of pairs of parts whose first feeds the second: encoder and decoder; generator and discriminator or critic."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +32,9 @@ class Leaf:
     """A layer that maps fan-in to fan-out features.
 
     Args:
-        sites: its weights; one, but for layers that keep several maps of the same sizes.
-        fan_in: features, or channels, that it takes.
-        fan_out: features, or channels, that it gives.
+        sites: its weights; more than one only for layers with several maps of the same sizes.
+        fan_in: number of input features or channels.
+        fan_out: number of output features or channels.
         kind: ``"linear"``, ``"conv"``, or ``"other"`` for layers that are never heads, such as a GRU.
     """
 
@@ -45,7 +45,7 @@ class Leaf:
 
     @property
     def site(self) -> Site:
-        """Where the layer's first weight sits."""
+        """The site of the layer's first weight."""
         return self.sites[0]
 
     @property
@@ -65,10 +65,10 @@ class Leaf:
 
 
 def find_leaves(sites: Sequence[Site]) -> list[Leaf]:
-    """The layers among the sites.
+    """Return the layers among the sites.
 
-    In the order of registration, but an encoder comes before the decoder beside it that takes what it gives, and a
-    generator before its discriminator.
+    They are in the order of registration, but an encoder comes before the decoder beside it that takes its output, and
+    a generator before its discriminator.
     """
     by_owner: dict[int, list[Site]] = {}
     for site in sites:
@@ -91,10 +91,10 @@ def inside_known(leaf: Leaf) -> bool:
 
 
 def is_repeated(leaf: Leaf, depth: int | None = None) -> bool:
-    """Whether the leaf lies inside one of several like modules in a container, e.g. the blocks of a transformer.
+    """Whether the leaf is inside one of several similar modules in a container, e.g. the blocks of a transformer.
 
-    Like modules are of one type and end in the same width: the last of several graph convolutions, which gives classes,
-    is like none before it.
+    Similar modules have one type and end in the same width. So the last of several graph convolutions, which gives
+    classes, is not similar to those before it.
 
     Args:
         leaf: the leaf.
@@ -112,12 +112,12 @@ def is_repeated(leaf: Leaf, depth: int | None = None) -> bool:
 
 
 def is_first_of_pair(name: str) -> bool:
-    """Whether a part's name says that it reads data or feeds another part: an encoder or a generator."""
+    """Whether a part's name is that of an encoder or a generator, which reads data or feeds another part."""
     return any(first.search(name) for first, _ in _PAIRS)
 
 
 def paired_parts(leaves: Sequence[Leaf], pair: int) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Paths of parts that stand side by side as encoder and decoder (pair 0) or generator and discriminator (pair 1).
+    """Find parts that are side by side as encoder and decoder (pair 0) or generator and discriminator (pair 1).
 
     Yields:
         The path, and whether the part is the second of the pair.
@@ -136,9 +136,9 @@ def paired_parts(leaves: Sequence[Leaf], pair: int) -> Iterator[tuple[tuple[str,
 
 
 def holder(leaf: Leaf) -> tuple[int, nn.Module]:
-    """The module that holds the leaf beside others: (index into ``leaf.modules``, module).
+    """Return the module that holds the leaf beside other layers, as (index into ``leaf.modules``, module).
 
-    What wraps the leaf alone, such as ``Sequential(Linear, Softplus)``, is looked through.
+    Modules around the leaf alone, such as ``Sequential(Linear, Softplus)``, are skipped.
     """
     depth = len(leaf.path) - 1
     while depth > 0 and _is_alone(leaf, depth):
@@ -186,7 +186,7 @@ def _leaf(sites: Sequence[Site]) -> Leaf | None:
 
 
 def _first_before_second(leaves: list[Leaf], pair: int) -> list[Leaf]:
-    """The leaves, those of a second part moved behind a first part that feeds it and is registered later."""
+    """Move the leaves of a second part behind a first part that feeds it and is registered later."""
     parts = list(paired_parts(leaves, pair))
     for path in [path for path, is_second in parts if is_second]:
         second = [leaf for leaf in leaves if leaf.path[: len(path)] == path]

@@ -1,4 +1,4 @@
-"""What the group ``"matrix"`` may lack."""
+"""Warnings about matrices that may be missing in the group ``"matrix"``."""
 
 from __future__ import annotations
 

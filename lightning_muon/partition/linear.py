@@ -1,13 +1,13 @@
-"""Which tensors of a module are linear maps, and which way they are stored: (fan-out, fan-in) or transposed.
+"""Which tensors of a module are linear maps, and whether they are stored (fan-out, fan-in) or transposed.
 
 Evidence, from most to least certain:
 
-1. The class: ``nn.Linear``, Hugging Face ``Conv1D``, and layers of other libraries whose sources were read.
-2. Sizes: the module names its fan-in and fan-out (``in_channels`` and ``out_channels``, ...), and they fit one way.
+1. The class: ``nn.Linear``, Hugging Face ``Conv1D``, and listed layers of other libraries.
+2. Sizes: the module names its fan-in and fan-out (``in_channels`` and ``out_channels``, ...), and only one order fits.
 3. The module's code: ``F.linear(x, self.weight)`` or ``x @ self.weight``. See :mod:`~lightning_muon.partition.code`.
 4. ``in_features`` and ``out_features``, the names of ``nn.Linear``, with the convention of ``nn.Linear``.
 
-Without any of these a tensor is not taken for a map, even if it is square and only its direction is unknown.
+Without any of these a tensor is not treated as a map, even if it is square and only its orientation is unknown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SIZES = (
     ("input_dim", "units"),
     ("n_in", "n_out"),
 )
-# What counts the maps of a stack: relations, types of nodes or edges, bases that they are mixed of.
+# Attributes that count the maps of a stack: relations, types of nodes or edges, bases.
 _COUNTS = (
     "num_relations",
     "num_rels",
@@ -54,7 +54,7 @@ _COUNTS = (
     "num_domains",
     "num_fields",
 )
-# Read in torch_geometric 2.8 and dgl 2.1. All of them multiply from the right, x @ weight, and store (fan-in, fan-out).
+# From the code of torch_geometric 2.8 and dgl 2.1: all compute x @ weight, and store (fan-in, fan-out).
 _TRANSPOSED = {
     "torch_geometric": {
         ("HeteroLinear", "weight"),
@@ -63,7 +63,7 @@ _TRANSPOSED = {
         ("CuGraphRGCNConv", "weight"),
         ("RGATConv", "weight"),
         ("RGATConv", "basis"),
-        ("Linear", "weight"),  # torch_geometric.nn.conv.dna_conv.Linear; dense.linear.Linear is told apart by its rank
+        ("Linear", "weight"),  # torch_geometric.nn.conv.dna_conv.Linear; dense.linear.Linear has another rank
     },
     "dgl": {
         ("GraphConv", "weight"),
@@ -74,7 +74,7 @@ _TRANSPOSED = {
 }
 
 
-# One row a node of the graph: a table.
+# One row per node of the graph: a table.
 _TABLES = {"torch_geometric": {("SparseLinear", "weight")}}
 _LAYERS_OF_TORCH = (
     nn.modules.conv._ConvNd,
@@ -88,7 +88,7 @@ _LAYERS_OF_TORCH = (
 
 
 class StoredMap(NamedTuple):
-    """How a module keeps a linear map, or a stack of them.
+    """How a module stores a linear map, or a stack of them.
 
     Args:
         batch_dims: leading dimensions that count maps.
@@ -100,7 +100,7 @@ class StoredMap(NamedTuple):
 
 
 def stored_map(owner: nn.Module, local: str, shape: Sequence[int]) -> StoredMap | None:
-    """How a module keeps the map ``local``; None if it is not known to be a linear map."""
+    """Return how a module stores the map ``local``; None if it is not known to be a linear map."""
     if len(shape) < 2:
         return None
     if isinstance(owner, nn.Linear):
@@ -115,7 +115,7 @@ def stored_map(owner: nn.Module, local: str, shape: Sequence[int]) -> StoredMap 
 
 
 def linear_weights(module: nn.Module) -> list[str]:
-    """Names of the tensors that make a module one linear layer: its maps, where all have the same sizes."""
+    """Return the names of the maps of a linear layer, which all have the same sizes; empty for other modules."""
     if any(True for child in module.children() for _ in child.parameters()):
         return []
     names, fans = [], set()
@@ -128,7 +128,7 @@ def linear_weights(module: nn.Module) -> list[str]:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(fan-in, fan-out) of a linear layer: ``nn.Linear``, Hugging Face ``Conv1D``, and the like of other libraries."""
+    """Return (fan-in, fan-out) of a linear layer, e.g. ``nn.Linear`` or Hugging Face ``Conv1D``; None for others."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     names = linear_weights(module)
@@ -162,7 +162,7 @@ def _of_known_class(owner: nn.Module, local: str, shape: Sequence[int]) -> Store
 
 
 def _listed(listed: Mapping[str, set[tuple[str, str]]], owner: nn.Module, local: str) -> str | None:
-    """The name of the owner's class, or of one of its bases, that a list by package has with this tensor."""
+    """Return the name of the owner's class or base that a list by package has with this tensor."""
     for base in type(owner).__mro__:
         if (base.__name__, local) in listed.get(base.__module__.partition(".")[0], ()):
             return base.__name__
@@ -190,13 +190,13 @@ def _by_sizes_or_code(owner: nn.Module, local: str, shape: Sequence[int]) -> Sto
 
 
 def _has_biases(owner: nn.Module, shape: Sequence[int], transposed: bool) -> bool:
-    """Whether a stack of biases beside a tensor says that its first dimension counts maps."""
+    """Whether a stack of biases beside a tensor shows that its first dimension counts maps."""
     fan_out = shape[-1] if transposed else shape[-2]
     return any("bias" in name and tuple(tensor.shape) == (shape[0], fan_out) for name, tensor in _tensors(owner))
 
 
 def _directions(owner: nn.Module, shape: Sequence[int]) -> set[bool]:
-    """The values of ``transposed`` with which a map fits the sizes that its owner names."""
+    """Return the values of ``transposed`` with which a map fits the sizes that its owner names."""
     fits: set[bool] = set()
     for fan_in, fan_out in _SIZES:
         sizes = getattr(owner, fan_in, None), getattr(owner, fan_out, None)
@@ -212,5 +212,5 @@ def _has_sizes_of_linear(owner: nn.Module, shape: Sequence[int]) -> bool:
 
 
 def _is_only_map(owner: nn.Module, local: str) -> bool:
-    """Whether a tensor is all that its owner holds besides vectors, so that the sizes are those of this tensor."""
+    """Whether its owner holds no other tensor except vectors, so that the owner's sizes are those of this tensor."""
     return all(name == local or sum(size > 1 for size in tensor.shape) < 2 for name, tensor in _tensors(owner))

@@ -1,4 +1,4 @@
-"""Names of parameters and of classes: in sentences, and those that a mistyped one may have meant."""
+"""Names of parameters and classes in messages, and similar names for a mistyped one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=_l)\d+")
 """An index in a parameter's name: of a block, or of a layer of an RNN."""
 
 WRAPPER_NAMES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What wrappers call the one module that they hold."""
+"""Attribute names under which wrappers hold their module."""
 
 _ALIKE = 0.6
 
 
 def class_name(module: nn.Module) -> str:
-    """The class of a module for a sentence: ``"Linear"`` for torch's, else with its path.
+    """Return the class name of a module for a sentence: ``"Linear"`` for torch's, with the path for others.
 
-    ``torch_geometric.nn.dense.linear.Linear`` is not read as ``nn.Linear`` then. What parametrization puts before the
-    name is left out.
+    With its path, ``torch_geometric.nn.dense.linear.Linear`` is not mistaken for ``nn.Linear``. The prefix that
+    parametrization adds is left out.
     """
     kind = type(module)
     if kind.__name__.startswith("Parametrized") and parametrize.is_parametrized(module):
@@ -34,25 +34,25 @@ def class_name(module: nn.Module) -> str:
 
 
 def near_names(name: str, candidates: Collection[str], limit: int = 5, what: str = "Names") -> str:
-    """A sentence that lists the candidates closest to a mistyped name, or some of them where none is close.
+    """Return a sentence that lists the candidates closest to a mistyped name, or some of them if none is close.
 
     Args:
-        name: as it was written.
-        candidates: what it may have meant.
-        limit: how many are listed at most.
-        what: the candidates are, which begins the sentence where none is close.
+        name: the mistyped name.
+        candidates: the existing names.
+        limit: most candidates to list.
+        what: plural noun for the candidates, which begins the sentence if none is close.
 
     Example::
 
         >>> near_names("encoder.wieght", ["encoder.weight", "encoder.bias"])
         'Near names: encoder.weight, encoder.bias.'
     """
-    # Of names alike the last in the alphabet first, as difflib has it: the latest of numbered ones.
+    # Equally similar names in reverse alphabetical order, as in difflib: the highest number first.
     return names_sentence(close_names(name, sorted(candidates, reverse=True)), candidates, limit, what)
 
 
 def one_of_each_kind(names: Sequence[str]) -> list[str]:
-    """The first of the names that differ by indices only: one for the like layers of all blocks."""
+    """Return the first of the names that differ only by indices: one name for the same layer of all blocks."""
     first: dict[str, str] = {}
     for name in names:
         first.setdefault(INDEX.sub("*", name), name)
@@ -60,7 +60,7 @@ def one_of_each_kind(names: Sequence[str]) -> list[str]:
 
 
 def names_sentence(close: Sequence[str], names: Collection[str], limit: int = 5, what: str = "Names") -> str:
-    """The sentence of :func:`near_names` for names of which it is known which are close."""
+    """Return the sentence of :func:`near_names` if the close names are known."""
     if not names:
         return "There are no names to choose from."
     if close:
@@ -70,21 +70,21 @@ def names_sentence(close: Sequence[str], names: Collection[str], limit: int = 5,
 
 
 def some_names(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names as text, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
 def close_names(name: str, candidates: Sequence[str]) -> list[str]:
-    """The candidates that are like a name, or have a part that is, closest first, else in their order."""
+    """Return the candidates that are similar to a name, or have a similar part, closest first."""
     scores = {candidate: _likeness(name, candidate) for candidate in candidates}
     close = [candidate for candidate in scores if scores[candidate] >= _ALIKE]
     return sorted(close, key=lambda candidate: -scores[candidate])
 
 
 def _likeness(name: str, candidate: str) -> float:
-    """Between 0 and 1: that of the names, or of as many segments of the candidate as the name has."""
+    """Return the similarity, from 0 to 1, of a name to a candidate or to as many segments of it as the name has."""
     tail = name.rpartition(".")[2]
     parts, count = candidate.split("."), name.count(".") + 1
     runs = {".".join(parts[start : start + count]) for start in range(len(parts) - count + 1)}

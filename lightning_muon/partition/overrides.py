@@ -1,4 +1,4 @@
-"""What the user's rules make of the partition."""
+"""Applies the user's rules to the partition."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_muon.partition.rules import ParameterRule, unmatched
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a parameter is by itself, before any rule.
+    """The automatic decision on a parameter, before any rule.
 
     Args:
-        role: what it is; ``"hidden"`` goes to the group ``"matrix"``, all others to ``"other"``.
+        role: role of the parameter; ``"hidden"`` goes to the group ``"matrix"``, all others to ``"other"``.
         reason: a sentence for the user.
-        layout: how it would be read as matrices, also where it goes to ``"other"``: a rule may send it to ``"matrix"``.
-        unknown: whether it may be a hidden matrix for all that is known.
+        layout: how it would be read as matrices, even in ``"other"``: a rule may send it to ``"matrix"``.
+        unknown: whether it may be a hidden matrix that was not recognized.
     """
 
     role: Role
@@ -35,7 +35,7 @@ class Verdict:
 
 @dataclass
 class Change:
-    """All that the rules set for one parameter; a later rule has overwritten what an earlier one set."""
+    """All that the rules set for one parameter; a later rule overrides an earlier one."""
 
     group: Group | None = None
     split: int | list[int] | None = None
@@ -48,7 +48,7 @@ class Change:
     rules: list[ParameterRule] = field(default_factory=list)
 
     def add(self, rule: ParameterRule) -> None:
-        """Set what the rule sets."""
+        """Add the settings of a rule."""
         if rule.split is not None:
             self.repeats = None
         for key in ("group", "split", "repeats", "transposed", "batch_dims", "name"):
@@ -63,7 +63,7 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A parameter, its verdict, and what rules select by."""
+    """A parameter, its verdict, and the names and owners by which rules select it."""
 
     names: tuple[str, ...]
     parameter: nn.Parameter
@@ -72,7 +72,7 @@ class Candidate:
 
 
 def collect_changes(rules: Sequence[ParameterRule], candidates: Sequence[Candidate]) -> list[Change]:
-    """What the rules set, for each candidate.
+    """Return the settings of the rules for each candidate.
 
     Raises:
         ValueError: for a rule that matches no parameter.
@@ -100,11 +100,11 @@ def _unmatched(rule: ParameterRule, candidates: Sequence[Candidate]) -> ValueErr
 
 
 def assign(candidates: Sequence[Candidate], changes: Sequence[Change]) -> list[ParameterAssignment]:
-    """Verdicts with the rules applied, and each param group named.
+    """Apply the rules to the verdicts, and name the param groups.
 
     Raises:
-        ValueError: if a rule sends to ``"matrix"`` what is no matrix, sets a layout that does not fit the tensor, or
-            sets a layout for parameters that all go to ``"other"``.
+        ValueError: if a rule sends a tensor that is not a matrix to ``"matrix"``, sets a layout that does not fit the
+            tensor, or sets a layout for parameters that all go to ``"other"``.
     """
     entries = [_assign(candidate, change) for candidate, change in zip(candidates, changes, strict=True)]
     _check_layouts_used(entries, changes)
@@ -146,7 +146,7 @@ def _assign(candidate: Candidate, change: Change) -> ParameterAssignment:
 
 
 def _layout(layout: MatrixLayout, change: Change, shape: Sequence[int]) -> MatrixLayout:
-    """The layout with what the rules set in place of it."""
+    """Return the layout with the changes of the rules."""
     batch_dims = layout.batch_dims if change.batch_dims is None else change.batch_dims
     transposed = layout.transposed if change.transposed is None else change.transposed
     repeats = change.repeats or (1 if change.split is not None else layout.repeats)
@@ -168,7 +168,7 @@ def _check_layouts_used(entries: Sequence[ParameterAssignment], changes: Sequenc
     used = {id(rule) for entry, change in zip(entries, changes, strict=True) if entry.layout for rule in change.rules}
     for entry, change in zip(entries, changes, strict=True):
         for rule in change.rules:
-            # A later rule may send what a layout was for to the other group: a user's rule over a model's own.
+            # A later rule may send the parameter to the other group: a user's rule overrides a model's own.
             unused = rule.sets_layout and id(rule) not in used
             if unused and (change.group != "other" or rule.group == "other"):
                 raise ValueError(
@@ -178,10 +178,11 @@ def _check_layouts_used(entries: Sequence[ParameterAssignment], changes: Sequenc
 
 
 def _group_names(entries: Sequence[ParameterAssignment], changes: Sequence[Change]) -> list[str]:
-    """Names of the entries' param groups: one name for each group, role and set of options.
+    """Return the names of the entries' param groups: one name for each group, role and set of options.
 
-    ``"matrix"`` for hidden matrices and ``"other/<role>"`` for the rest. Where a rule gives a name, that name. Where
-    rules set options for some of a role's parameters only, ``"matrix/<selectors>"`` or ``"other/<role>/<selectors>"``.
+    The names are ``"matrix"`` for hidden matrices and ``"other/<role>"`` for the rest. A name given by a rule overrides
+    them. If rules set options for only some parameters of a role, their group is ``"matrix/<selectors>"`` or
+    ``"other/<role>/<selectors>"``.
     """
     keys = [_group_key(entry, change) for entry, change in zip(entries, changes, strict=True)]
     scopes = Counter(scope for scope, *_ in dict.fromkeys(keys))
@@ -201,7 +202,7 @@ def _group_names(entries: Sequence[ParameterAssignment], changes: Sequence[Chang
 
 
 def _group_key(entry: ParameterAssignment, change: Change) -> tuple[str, str | None, str]:
-    """What tells param groups apart: the group (and role, unless a rule names it), the name and the options."""
+    """Return the key of a param group: the group (and role, unless a rule names it), the name and the options."""
     options = repr(sorted(entry.options.items()))
     if change.name is not None:
         return entry.group, change.name, options

@@ -1,4 +1,4 @@
-"""The answer of ``partition_parameters``: every parameter of a module, what it is and where it goes."""
+"""Partition: every parameter of a module, its role and its group."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_muon.partition.roles import Group, ParameterAssignment
 from lightning_muon.partition.table import partition_table
 
 LAYOUTS_KEY = "matrix_layouts"
-"""Where a checkpoint keeps :meth:`Partition.layouts`."""
+"""Key of :meth:`Partition.layouts` in a checkpoint."""
 
 
 class Partition:
-    """The answer of :func:`partition_parameters`: every parameter of a module once, in the module's order.
+    """The result of :func:`partition_parameters`: every parameter of a module once, in the module's order.
 
     Args:
-        assignments: one entry a parameter; tied parameters have one entry with aliases.
+        assignments: one entry per parameter; tied parameters have one entry with aliases.
 
     Raises:
-        KeyError: on ``partition[name]`` for a name that the module does not have; lists near names.
+        KeyError: on ``partition[name]`` for a name that the module does not have; the error lists similar names.
     """
 
     def __init__(self, assignments: Sequence[ParameterAssignment]) -> None:
@@ -47,11 +47,11 @@ class Partition:
         return len(self.assignments)
 
     def param_groups(self, group: Group) -> list[dict[str, Any]]:
-        """Param groups for an optimizer, of the trainable parameters of one group.
+        """Return param groups for an optimizer, with the trainable parameters of one group.
 
         Returns:
             Dicts with ``name``, ``params``, ``param_names``, ``layouts`` (group ``"matrix"`` only; one
-            :class:`MatrixLayout` a parameter) and the options that rules set.
+            :class:`MatrixLayout` per parameter) and the options that rules set.
         """
         groups: dict[str, dict[str, Any]] = {}
         for entry in self.assignments:
@@ -67,29 +67,29 @@ class Partition:
         return list(groups.values())
 
     def layouts(self) -> dict[str, dict[str, Any]]:
-        """How the group ``"matrix"`` is read, as plain data for a checkpoint.
+        """Return how the group ``"matrix"`` is read, as plain data for a checkpoint.
 
         Returns:
-            Name -> what differs from the defaults of :class:`MatrixLayout`, of which ``MatrixLayout(**fields)`` makes
-            the layout again.
+            By name, the fields that differ from the defaults of :class:`MatrixLayout`: ``MatrixLayout(**fields)``
+            restores the layout.
         """
         return {entry.name: _changed_fields(entry.layout) for entry in self if entry.group == "matrix" and entry.layout}
 
     def warnings(self) -> list[str]:
-        """What a user may not expect: a group ``"matrix"`` that is nearly empty although there may be many matrices.
+        """Return warnings if the group ``"matrix"`` is nearly empty although there may be many matrices.
 
-        Counted are the trainable elements of hidden matrices and of tensors that may be some but are not known to be;
-        embeddings, heads, input stems, routers, vectors, depthwise filters and what a rule sends to ``"other"`` have a
-        reason to be left out and do not count. There is a warning if less than a tenth of these elements is in
+        Trainable elements of hidden matrices are counted, and those of tensors that may be hidden matrices but are not
+        known to be. Embeddings, heads, input stems, routers, vectors, depthwise filters and parameters that a rule
+        sends to ``"other"`` do not count. There is a warning if less than a tenth of these elements is in
         ``"matrix"``.
 
         Returns:
-            Sentences, each with the largest tensors left out, why, and the rule that would send them; often none.
+            Sentences with the largest tensors left out, the reasons, and the rule that would send them; often none.
         """
         return left_out(self.assignments)
 
     def table(self) -> Table:
-        """A Rich table of counts and reasons, one row a pattern of names (``blocks.*.q_proj.weight x12``)."""
+        """Return a Rich table of counts and reasons, one row per pattern of names (``blocks.*.q_proj.weight x12``)."""
         return partition_table(self.assignments)
 
 

@@ -1,4 +1,4 @@
-"""Rules by which a user overrides the partition."""
+"""ParameterRule: a rule that overrides the automatic partition."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ _RESERVED_OPTIONS = {
     "optimizer": "options cannot choose the optimizer: set group to 'matrix' or 'other'",
     "follows": "it is kept by HybridOptimizer: set 'lr'",
 }
-"""What a param group holds besides options, and what to do instead of setting it."""
+"""Keys of a param group that rules cannot set as options, and what to do instead."""
 
 
 @dataclass
 class ParameterRule:
-    """Overrides what the partition decided for the parameters that match.
+    """Overrides the automatic partition for the parameters that match.
 
-    A rule selects parameters and changes something about them. Every selector that is given must match, and at least
-    one must be given. Rules apply in the order of the list; where two rules set the same field of the same parameter,
-    the later one wins, and ``options`` merge key by key.
+    A rule selects parameters and changes how they are treated. Every selector that is given must match, and at least
+    one must be given. Rules apply in the order of the list. If two rules set the same field of the same parameter, the
+    later one overrides the earlier one; ``options`` merge key by key.
 
     Args:
-        pattern: glob on the parameter's name (or one of its names, where it is shared), e.g. ``"*.router.weight"``.
+        pattern: glob on the parameter's name (or one of its names, if it is shared), e.g. ``"*.router.weight"``.
             Names are those of ``module.named_parameters()`` without the prefixes of wrappers; ``*`` also matches dots.
-        role: what the partition says the parameter is, e.g. ``"embedding"``.
+        role: role of the parameter in the automatic partition, e.g. ``"embedding"``.
         module_type: class of the module that owns the parameter, by name (``"Linear"``) or dotted path
             (``"torch.nn.Linear"``); in Python also the class itself. Subclasses match.
         group: ``"matrix"`` or ``"other"``.
         split: number of equal maps, or sizes of the maps, that are fused along fan-out; 1 reads one matrix.
-        repeats: how often ``split`` recurs along fan-out, e.g. the number of heads where each head keeps its q, k and v
-            together. Starts from 1 again where a rule sets ``split``.
+        repeats: how often ``split`` recurs along fan-out, e.g. the number of heads if each head keeps its q, k and v
+            together. A rule that sets ``split`` resets it to 1.
         transposed: whether the tensor is stored (fan-in, fan-out).
         batch_dims: leading dimensions that count matrices, e.g. 1 for stacked experts (E, m, n).
-        options: param-group options, e.g. ``{"lr": 3e-3, "weight_decay": 0.0}``; those that the constructor of the
-            group's optimizer takes.
-        name: name of the param group that these parameters form. By default parameters with options of their own get
-            one made from the pattern, the module type or the role.
+        options: param-group options that the constructor of the group's optimizer takes, e.g.
+            ``{"lr": 3e-3, "weight_decay": 0.0}``.
+        name: name of the param group of these parameters. By default, the name of a group with its own options is made
+            from the pattern, the module type or the role.
 
     Raises:
         ValueError: if there is no selector or nothing to change, or if a value is not one of those above.
@@ -108,7 +108,7 @@ class ParameterRule:
 
     @property
     def label(self) -> str:
-        """What tells the rule's param group from others: its name, or else its selectors without wildcards."""
+        """The label of the rule's param group: its name, or else its selectors without wildcards."""
         if self.name is not None:
             return self.name
         module_type = self.module_type.__name__ if isinstance(self.module_type, type) else self.module_type
@@ -142,14 +142,14 @@ def is_module_type(owner: type[nn.Module], module_type: str | type[nn.Module]) -
 def unmatched(
     rule: ParameterRule, weights: Sequence[str], vectors: Sequence[str], roles: Sequence[str], owners: Sequence[str]
 ) -> ValueError:
-    """The error for a rule that selects no parameter, with what it might have meant.
+    """Return the error for a rule that selects no parameter, with similar names.
 
     Args:
         rule: the rule.
-        weights: names of the parameters that are no vectors: these are meant, unless the rule says bias or norm.
-        vectors: names of the others.
-        roles: roles that occur among them.
-        owners: class names of the modules that own them, those of weights first.
+        weights: names of the parameters that are not vectors; they are suggested unless the rule names a bias or norm.
+        vectors: names of the vectors.
+        roles: roles of the parameters.
+        owners: class names of the modules that own the parameters, those of weights first.
     """
     hints = []
     if rule.pattern is not None and not any(fnmatchcase(name, rule.pattern) for name in (*weights, *vectors)):

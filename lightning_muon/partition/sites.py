@@ -1,4 +1,4 @@
-"""Where the parameters of a module sit: every name of every parameter, with the module that gives it its meaning."""
+"""Sites of the parameters of a module: every name of every parameter, with the module that owns it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_muon.partition.names import WRAPPER_NAMES
 _WRAPPER_TYPES = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 _FABRIC_NAMES = {"_forward_module", "_original_module"}
 _ADAPTER_NAMES = {"base_layer", "original_module", "modules_to_save"}
-# Words in the name of a parametrization under which the trained tensor is still a matrix: one that rescales it, adds
-# to it or masks it. "Sparse" alone says nothing: a sparse code is no mask.
+# Words in the name of a parametrization that rescales, adds to or masks the tensor, so that the trained tensor is still
+# a matrix. "Sparse" alone shows nothing: a sparse code is not a mask.
 _SAFE_WORDS = re.compile(
     r"(weight|spectral)norm(ed|alized|alization)?|lora|mask(s|ed|ing)?|prun(e|ed|er|ing)|sparsi(ty|fy|fied|fier|fication)"
 )
-# Words for a weight that is any other function of the tensor, whatever else the name says: MaskedSymmetric.
+# Words for a weight that is any other function of the tensor; they override the safe words, as in MaskedSymmetric.
 _UNSAFE_WORDS = re.compile(
     r"(anti|skew)?sym(metr\w*)?|skew|ortho\w*|unitary|stiefel|grassmann\w*|householder|cayley|givens|rotations?"
     r"|(soft|sparse|ent)max|simplex|sinkhorn|doublystochastic|expm?|exponential|matrixexp|cholesky|psd|spd|definite"
@@ -39,12 +39,12 @@ class Site:
     Args:
         parameter: the parameter.
         name: its full name, without the prefixes that wrappers add.
-        owner: the module whose type says what the parameter is: under a parametrization the parametrized module.
+        owner: the module whose type determines the role; under a parametrization, the parametrized module.
         path: names of the owner and of the modules around it, outermost first, without wrappers; empty for the root.
         parents: the modules around the owner, outermost first, one for each name in ``path``.
-        local: what the owner calls the tensor, e.g. ``"weight"`` also where it is stored as ``weight_v``.
-        part: which part of a weight-normalised tensor this is; empty for a tensor that is stored as it is.
-        recipe: the parametrization that makes the layer's weight of this tensor, where the tensor is no weight itself.
+        local: the owner's name for the tensor, e.g. ``"weight"`` even if it is stored as ``weight_v``.
+        part: which part of a weight-normalised tensor this is; empty for a tensor that is stored whole.
+        recipe: the parametrization that computes the layer's weight from this tensor, if the tensor is not a weight.
     """
 
     parameter: nn.Parameter
@@ -58,7 +58,7 @@ class Site:
 
     @property
     def owner_name(self) -> str:
-        """What its parent calls the owner, looking through the layers that adapters such as peft put around it."""
+        """The owner's name in its parent; layers that adapters such as peft put around the owner are skipped."""
         return self._outside_adapters()[0]
 
     @property
@@ -77,7 +77,7 @@ class Site:
 
 
 def walk(module: nn.Module) -> list[Site]:
-    """All sites of a module's parameters, in the order of ``module.named_parameters(remove_duplicate=False)``."""
+    """Return the sites of all parameters, in the order of ``module.named_parameters(remove_duplicate=False)``."""
     return list(_visit(module, (), ()))
 
 
@@ -124,15 +124,15 @@ def _site(
 
 
 def _is_safe(recipe: nn.Module) -> bool:
-    """Whether what a parametrization trains is a matrix like the weight: a scale, a sum or a mask of it.
+    """Whether a parametrization only scales, adds to or masks the trained tensor, which stays a matrix.
 
-    The names of its class and of the bases tell. A name in doubt is not safe.
+    The names of its class and of the bases decide. A name in doubt is not safe.
     """
     words = [word for base in type(recipe).__mro__ for word in _words(base.__name__)]
     return any(map(_SAFE_WORDS.fullmatch, words)) and not any(map(_UNSAFE_WORDS.fullmatch, words))
 
 
 def _words(name: str) -> list[str]:
-    """The words of a class name in lower case, and its pairs of neighbours as one: ``SoftMax`` is ``softmax`` too."""
+    """Return the words of a class name in lower case, and joined neighbours: ``SoftMax`` also gives ``softmax``."""
     words = [word.lower() for word in _WORDS.findall(name.replace("LoRA", "Lora"))]
     return words + [first + second for first, second in itertools.pairwise(words)]

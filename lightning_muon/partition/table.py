@@ -53,9 +53,9 @@ def partition_table(partition: Sequence[ParameterAssignment]) -> Table:
 
 
 class ParameterName:
-    """A dotted name for a cell of a table: where it is too long for one line it breaks after dots and spaces.
+    """A dotted name for a cell of a table; a name too long for one line breaks after dots and spaces.
 
-    What is too long between two dots is broken anywhere. Square brackets are no markup.
+    A piece between two dots that is still too long breaks anywhere. Square brackets are not markup.
     """
 
     def __init__(self, name: str) -> None:

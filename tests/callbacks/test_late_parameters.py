@@ -228,7 +228,7 @@ def test_a_layer_that_takes_anothers_place_joins_once(caplog, recwarn):
     caplog.set_level(logging.INFO)
     used = train("mixin", callbacks=[Replaces()], max_epochs=3)
     assert owner_of(used, used.lightning_module.layers.up.weight) == "matrix"
-    joined = [line for line in caplog.messages if "Added to the model" in line]
+    joined = [line for line in caplog.messages if "were added since" in line]
     assert len(joined) == 1
     assert "layers.up.weight (matrix)" in joined[0]
     assert not [w for w in recwarn if "in no optimizer" in str(w.message)]

@@ -319,9 +319,9 @@ def test_a_rate_that_a_tuner_leaves_in_the_module_is_not_used_in_silence(way, up
     module, extra = with_rate((0.001, 0.001), way)
     used = trainer(callbacks=extra, default_root_dir=tmp_path)
     Tuner(used).lr_find(module, datamodule=Items(), num_training=5, update_attr=update, early_stop_threshold=None)
-    named = [str(w.message) for w in recwarn if "Tuner.lr_find writes its rate into" in str(w.message)]
+    named = [str(w.message) for w in recwarn if "Tuner.lr_find writes the learning rate" in str(w.message)]
     assert len(named) == update
-    assert all("the fits that follow do not use it. Give its suggestion() as lr" in line for line in named)
+    assert all("later fits do not use it. Pass its suggestion() as lr" in line for line in named)
 
 
 def test_a_rate_of_the_modules_own_that_a_tuner_sets_is_used(tmp_path, recwarn):

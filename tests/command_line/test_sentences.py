@@ -95,7 +95,7 @@ OPTIONS = [
     (BY_PATH, ["fit", "--model=tests.lightning_helper.Net"], f"Did you mean {HELPERS}?"),
     (BY_PATH, ["fit", "--model=testz.lightning_helpers.Net"], "No module 'testz'"),
     (BY_PATH, ["fit", PATHS[0], "--data=Itemz"], "data: No data module 'Itemz'. Did you mean Items?"),
-    (BY_PATH, ["fit", "--model=torch.nn.Linear"], "torch.nn.Linear is no model, as it is no subclass of Lightning"),
+    (BY_PATH, ["fit", "--model=torch.nn.Linear"], "torch.nn.Linear is no model: it is not a subclass of Lightning"),
     (BY_PATH, ["fit", PATHS[1]], "Needed: model. Give --model CLASS"),
     ((NeedsItems, Items), ["fit"], "Needed: model.num_items. Give --model.num_items VALUE"),
     (BY_PATH, ["fit", f"--model={HELPERS}.NeedsItems"], f"{HELPERS}.NeedsItems needs model.num_items"),
@@ -302,7 +302,7 @@ def test_settings_at_the_top_level_for_a_module_with_the_mixin(model, takes, by_
         )
     key = "model.init_args.matrix_optimizer" if by_path else "model.matrix_optimizer"
     assert f"({key} in YAML)." in str(error.value)
-    assert ("has to hand **kwargs to super().__init__" in str(error.value)) is not takes
+    assert ("has to pass **kwargs to super().__init__" in str(error.value)) is not takes
 
 
 class TakesNoSettings(Net):

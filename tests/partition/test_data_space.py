@@ -265,4 +265,4 @@ def test_latents_stay_hidden():
 
 def test_the_reason_names_the_layer_that_reads_the_data():
     partition = partition_parameters(Parts(a=mlp(200, 64, 8), b=mlp(8, 64, 200), c=mlp(8, 16, 3)))
-    assert "space of the data, as wide as what 'a.0' reads" in partition["b.2.weight"].reason
+    assert "space of the data, as wide as the input of 'a.0'" in partition["b.2.weight"].reason

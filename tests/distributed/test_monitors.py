@@ -89,7 +89,6 @@ def train(
     rank: int, folder: Path, module: pl.LightningModule, callbacks: list[pl.Callback], **kwargs: Any
 ) -> dict[str, Any]:
     """Fit one rank of two."""
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     rich.reconfigure(file=io.StringIO(), width=140)
     seen, recorder = Weights(), Recorder(folder)
     settings = {**QUIET, "logger": recorder, "log_every_n_steps": 1, "devices": 2, "default_root_dir": folder, **kwargs}
@@ -168,7 +167,7 @@ def sharded_and_resumed(rank: int, folder: str) -> dict[str, Any]:
     saving = ModelCheckpoint(place, "{epoch}", save_top_k=-1, enable_version_counter=False)
     settings = {"max_epochs": 2, "enable_checkpointing": True}
     straight = train(
-        rank, place, Sharded(idle=False), [*monitors(**SHOWN), saving],
+        rank, place, Sharded(idle=False), [*monitors(**SETTINGS), saving],
         strategy=model_parallel(save_distributed_checkpoint=False), **settings,
     )  # fmt: skip
     resumed = train(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
+import io
 import math
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -337,19 +338,25 @@ class TestCommandLine:
         assert set(map(len, recommended("recommendations.csv").values())) >= {30}
 
 
+def predict_one_of_two(rank: int, arguments: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    return printed.getvalue()
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_processes_recommend_to_every_user_once(tmp_path, monkeypatch):
+def test_two_processes_recommend_to_every_user_once(tmp_path):
     """37 users do not share out evenly; the files of the processes together have what one process writes."""
-    monkeypatch.chdir(tmp_path)
     cli = main(["fit", *SYNTHETIC, "--data.num_users=37", "--trainer.max_epochs=1"])
-    command = ["predict", *SYNTHETIC, "--data.num_users=37"]
-    command += ["--ckpt_path", str(tmp_path / cli.trainer.checkpoint_callback.best_model_path)]
-    command += ["--data.eval_batch_size=5", "--trainer.accelerator=cpu", "--trainer.logger=false"]
-    command += [f"--recommendations.path={tmp_path}/best.csv", f"--trainer.default_root_dir={tmp_path}"]
-    main([*command, "--trainer.devices=1"])
-    command = [sys.executable, "-m", "examples.recsys", *command, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    assert processes.command(command, ROOT).count("Recommendations for 37 users") == 1
+    arguments = ["predict", *SYNTHETIC, "--data.num_users=37"]
+    arguments += ["--ckpt_path", str(tmp_path / cli.trainer.checkpoint_callback.best_model_path)]
+    arguments += ["--data.eval_batch_size=5", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    arguments += [f"--recommendations.path={tmp_path}/best.csv", f"--trainer.default_root_dir={tmp_path}"]
+    main([*arguments, "--trainer.devices=1"])
+    first, second = processes.run({"predict": predict_one_of_two}, tmp_path, args=(arguments,))["predict"]
+    assert first.count("Recommendations for 37 users") == 1
+    assert "Recommendations for" not in second
     assert sorted(path.name for path in tmp_path.glob("*.csv*")) == ["best.csv", "rank0.best.csv", "rank1.best.csv"]
     one = [(row["user"], row["item"]) for row in rows(tmp_path / "best.csv")]
     two = [(row["user"], row["item"]) for rank in (0, 1) for row in rows(tmp_path / f"rank{rank}.best.csv")]

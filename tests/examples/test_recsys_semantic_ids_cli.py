@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from pydoc import locate
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from examples.recsys.semantic_ids.kmeans import residual_kmeans
 from examples.recsys.semantic_ids.quality import collisions_and_error, complaint, kmeans_explained
 from examples.recsys.semantic_ids.quantization import Quantization
 from examples.recsys.semantic_ids.rqvae import RQVAE
+from tests.distributed import processes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -241,46 +241,26 @@ def test_the_synthetic_configuration_uses_its_codebooks():
     assert len(first.unique(dim=0)) > 300
 
 
+def fit_one_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    os.chdir(folder)
+    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=1", "--trainer.callbacks=null"]
+    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
+    options += ["--trainer.enable_checkpointing=false", "--data.num_clusters=167", "--data.items_per_cluster=3"]
+    cli = main(["fit", *SYNTHETIC, *options])
+    return {
+        "codebooks": cli.model.quantizer.codebooks.detach(),
+        "counts": cli.model.counts,
+        "codes": cli.model.codes(cli.datamodule.features()),
+        "collisions": float(cli.trainer.callback_metrics["val/collisions"]),
+    }
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_two_processes_keep_the_same_codebooks_and_count_every_item_once(tmp_path):
     """Codebooks are set and replaced by all processes together: DDP would not even them out."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    environment["CONFIG"] = str(CONFIGS / "rqvae_synthetic.yaml")
-    command = [sys.executable, str(script)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = processes.run({"fit": fit_one_of_two}, tmp_path, args=(tmp_path,))["fit"]
     assert torch.equal(first["codebooks"], second["codebooks"])
     assert torch.equal(first["counts"], second["counts"])
     assert first["counts"].sum(1).tolist() == [502] * 3  # 501 items, one of them twice to even out the processes
     assert first["collisions"] == second["collisions"] == SemanticIds(first["codes"]).collisions()
-
-
-SCRIPT = """
-import os
-import torch
-from examples.recsys.semantic_ids.__main__ import main
-
-if __name__ == "__main__":
-    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=1", "--trainer.callbacks=null"]
-    options += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger=false"]
-    options += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
-    options += ["--data.num_clusters=167", "--data.items_per_cluster=3"]
-    cli = main(["fit", "--config", os.environ["CONFIG"], *options])
-    model = cli.model
-    torch.save(
-        {
-            "codebooks": model.quantizer.codebooks.detach(),
-            "counts": model.counts,
-            "codes": model.codes(cli.datamodule.features()),
-            "collisions": float(cli.trainer.callback_metrics["val/collisions"]),
-        },
-        f"rank{cli.trainer.global_rank}.pt",
-    )
-"""

@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: fit test lint unit docs bench clean
 
 fit: $(VENV)/installed
-	$(BIN)/python -m examples.recsys fit --config configs/sasrec_synthetic.yaml
+	$(BIN)/python -m examples.recsys fit -c configs/model/sasrec.yaml -c configs/data/synthetic.yaml -c configs/preset/sasrec_synthetic.yaml
 
 test: lint unit
 

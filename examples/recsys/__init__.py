@@ -1,1 +1,1 @@
-"""Sequential recommenders: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``."""
+"""Sequential recommenders: ``python -m examples.recsys fit -c configs/model/MODEL.yaml -c configs/data/DATA.yaml``."""

@@ -1,13 +1,21 @@
-"""Train and judge a recommender: ``python -m examples.recsys fit --config configs/sasrec_synthetic.yaml``.
+"""Train and judge a recommender.
 
-After ``fit`` the best checkpoint is tested, and the popularity baseline beside it. ``predict --ckpt_path best.ckpt``
-with the same configuration writes recommendations to a file.
+Configs combine: first those of model and data, in any order, then those that change their settings::
+
+    python -m examples.recsys fit -c configs/model/sasrec.yaml -c configs/data/beauty.yaml
+    python -m examples.recsys fit -c configs/model/sasrec.yaml -c configs/data/beauty.yaml -c configs/optimizer/reg.yaml
+
+A run and its folder are called after model and data, as ``logs/SASRec_Beauty``, unless ``--trainer.logger.name`` says
+otherwise. After ``fit`` the best checkpoint is tested, and the popularity baseline beside it.
+``predict --ckpt_path best.ckpt`` with the same configuration writes recommendations to a file.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import rich
 from jsonargparse import Namespace
@@ -18,14 +26,37 @@ from rich.table import Table
 from examples.recsys.data import SequenceDataModule
 from examples.recsys.models import Popularity, Recommender
 from examples.recsys.recommendations import RecommendationWriter
+from examples.recsys.runs import RunCLI, RunParser, settings_of
 from examples.recsys.semantic_ids.codes import existing_file
 from lightning_muon import MuonCLI
 
 SETTINGS_OF_USE = ("semantic_ids", "num_beams")
 """Arguments of models that may differ from those in training."""
 
+NO_CODES = (
+    "A generative recommender needs semantic ids: add the file of the data set in configs/semantic_ids, or give "
+    "--model.semantic_ids FILE.csv. MovieLens1M and files of your own have none: take another model, or make them by "
+    "`python -m examples.recsys.semantic_ids`."
+)
 
-class RecommenderCLI(MuonCLI):
+
+class RecommenderParser(RunParser):
+    """Names runs after model and data, as ``SASRec_Beauty``, and says where semantic ids come from."""
+
+    @staticmethod
+    def run_name(settings: Namespace) -> str:
+        model, data = settings.get("model") or {}, settings.get("data") or {}
+        arguments = data.get("init_args") or {}
+        source = arguments.get("category") or Path(arguments.get("path") or "").name.partition(".")[0]
+        names = model.get("class_path"), source or data.get("class_path")
+        return "_".join(name.rpartition(".")[2] for name in names if name)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        missing = re.search(r'are required: semantic_ids\b|"semantic_ids" is required', message)
+        super().error(NO_CODES if missing else message, ex)
+
+
+class RecommenderCLI(RunCLI):
     """:class:`lightning_muon.MuonCLI` that tests the best checkpoint and the popularity baseline after ``fit``.
 
     They are then in ``test_metrics`` and ``baseline_metrics``. ``predict`` has a :class:`RecommendationWriter`, which
@@ -47,13 +78,13 @@ class RecommenderCLI(MuonCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         self._given = Namespace()
-        if _settings(self.config).get("ckpt_path"):
+        if settings_of(self.config).get("ckpt_path"):
             parse = parser.parse_object if isinstance(args, (dict, Namespace)) else parser.parse_args
-            self._given = _settings(parse(args, defaults=False)).get("model") or Namespace()
+            self._given = settings_of(parse(args, defaults=False)).get("model") or Namespace()
 
     def before_instantiate_classes(self) -> None:
         # By now Lightning has replaced the settings of the model by those of the checkpoint.
-        model, given = _settings(self.config).get("model"), self._given
+        model, given = settings_of(self.config).get("model"), self._given
         if given.get("class_path", model.class_path) != model.class_path:
             raise ValueError(
                 f"The checkpoint is of {model.class_path}, but {given.class_path} was given: leave the model out, or "
@@ -121,11 +152,6 @@ def comparison(title: str, name: str, metrics: Mapping[str, float], baseline: Ma
     return table
 
 
-def _settings(config: Namespace) -> Namespace:
-    """The settings of the subcommand; those at the top where there is none."""
-    return config.get(config.get("subcommand") or "", config)
-
-
 def main(args: ArgsType = None, run: bool = True) -> RecommenderCLI:
     """Run the command line, or ``args`` in its place; without ``run`` they have no subcommand, and nothing is run."""
     return RecommenderCLI(
@@ -134,6 +160,7 @@ def main(args: ArgsType = None, run: bool = True) -> RecommenderCLI:
         links=["num_items", "max_length", "mask_history"],
         subclass_mode_model=True,
         subclass_mode_data=True,
+        parser_class=RecommenderParser,
         parser_kwargs={"prog": "python -m examples.recsys", "description": "Train and judge recommenders."},
         args=args,
         run=run,

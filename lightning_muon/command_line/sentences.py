@@ -76,10 +76,9 @@ def _unknown_argument(problem: Problem, found: re.Match[str], parser: argparse.A
     if names.resolve(problem.owner) in (LightningModule, LightningDataModule):
         return _module_without_class(problem.key, name)
     near = names.did_you_mean(name, names.arguments(problem.owner), list_few=True)
-    if (
-        names.resolve(problem.owner) in problem.kinds and "Did you mean" not in near
-    ):  # perhaps the base class, and no subclass was chosen
-        near += f" An argument of a subclass needs its class before it: --{problem.key} CLASS."
+    # Perhaps the base class, and no subclass was chosen.
+    if names.resolve(problem.owner) in problem.kinds and "Did you mean" not in near:
+        near += f" An argument of a subclass needs its class before it: --{problem.key} CLASS, or a config that has it."
     return f"{_at(problem)}{problem.owner} has no argument {name!r}.{near}"
 
 

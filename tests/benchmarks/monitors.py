@@ -57,7 +57,7 @@ WARM_UP = 6
 
 LEAST_STEPS = WARM_UP + 2 * SPECTRUM_EVERY + 2
 
-SASREC_CONFIG = Path(__file__).parents[2] / "configs" / "sasrec_beauty.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 Clock: TypeAlias = Callable[[], float]
 
@@ -288,11 +288,11 @@ class Last(pl.Callback):
 
 def sasrec(data_dir: str) -> Case:
     """SASRec on Amazon Beauty as its config sets it up; AdamW with the learning rate of Muon."""
-    settings = yaml.safe_load(SASREC_CONFIG.read_text())
-    data = AmazonReviews2014(**{**settings["data"]["init_args"], "data_dir": data_dir})
+    model, source = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("model/sasrec.yaml", "data/beauty.yaml"))
+    data = AmazonReviews2014(**{**source["data"]["init_args"], "data_dir": data_dir})
     if not data.path.exists():
         raise Absent(f"there is no {data.path}; --data_dir names the folder that holds {data.path.name}.")
-    arguments = dict(settings["model"]["init_args"])
+    arguments = dict(model["model"]["init_args"])
     matrix = arguments.pop("matrix_optimizer")["init_args"]
     other = partial(torch.optim.AdamW, **arguments.pop("other_optimizer")["init_args"])
     build = partial(

@@ -1,8 +1,12 @@
-"""Each way into the package with two processes: those that Lightning spawns, and those of torchrun."""
+"""Each way into the package with two processes: spawned or launched by Lightning, and those of torchrun."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,17 @@ from tests.lightning_helpers import Items
 from tests.ways import WAYS, train
 
 pytestmark = pytest.mark.distributed
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.distributed.test_ways import fit
+
+if __name__ == "__main__":
+    fit("MuonCLI", Path(sys.argv[1]), "ddp")
+"""
 
 
 class Write(pl.Callback):
@@ -56,6 +71,23 @@ def test_spawned_processes_train_with_the_hybrid(way: str, tmp_path: Path) -> No
 
 def test_processes_of_torchrun_train_with_the_hybrid(tmp_path: Path) -> None:
     processes.run({"fit": fit_by_command_line}, tmp_path, args=(tmp_path,))
+    assert_equal(tmp_path)
+
+
+def test_processes_that_lightning_launches_train_with_the_hybrid(tmp_path: Path) -> None:
+    """The strategy ddp starts the script once more for each further process."""
+    script = tmp_path / "main.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    started = subprocess.Popen(
+        [sys.executable, script, tmp_path], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, messages = started.communicate(timeout=240)
+    except BaseException:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
+    assert started.returncode == 0, messages
     assert_equal(tmp_path)
 
 

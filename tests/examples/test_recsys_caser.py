@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,10 +15,10 @@ from examples.recsys.data import SyntheticSequences
 from examples.recsys.models import Caser
 from examples.recsys.models.caser import latest_items
 from lightning_muon import Muon
+from tests.examples.configs import on_synthetic
 from tests.lightning_helpers import QUIET
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SYNTHETIC = ["--config", str(CONFIGS / "caser_synthetic.yaml"), "--trainer.enable_progress_bar=false"]
+SYNTHETIC = [*on_synthetic("caser"), "--trainer.enable_progress_bar=false"]
 HISTORIES = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]), torch.tensor([8])]
 
 

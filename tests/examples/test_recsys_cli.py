@@ -12,10 +12,11 @@ import pytest
 from examples.recsys.__main__ import main
 from examples.recsys.models import PaperSASRec, SASRec
 from tests.distributed import processes
+from tests.examples.configs import files, on_synthetic
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
-SYNTHETIC = ["--config", str(CONFIGS / "sasrec_synthetic.yaml")]
+BEAUTY = files("model/sasrec", "data/beauty")
+SYNTHETIC = on_synthetic("sasrec")
 QUIET = "--trainer.enable_progress_bar=false"
 
 
@@ -57,9 +58,9 @@ def test_popularity_has_its_own_line():
     assert 0 < cli.trainer.callback_metrics["test/masked/ndcg@10"] < 0.1
 
 
-@pytest.mark.parametrize(("name", "model"), [("sasrec_beauty", SASRec), ("sasrec_paper_industrial", PaperSASRec)])
+@pytest.mark.parametrize(("name", "model"), [("sasrec", SASRec), ("muonrec_sasrec", PaperSASRec)])
 def test_partition_of_a_configuration(name, model, capsys):
-    cli = main(["partition", "--config", str(CONFIGS / f"{name}.yaml")])
+    cli = main(["partition", *files(f"model/{name}", "data/industrial")])
     assert "param groups:" in capsys.readouterr().out
     assert isinstance(cli.model, model)
     groups = {group["name"]: group for group in cli.model.configure_optimizers().param_groups}
@@ -68,26 +69,23 @@ def test_partition_of_a_configuration(name, model, capsys):
 
 def test_unknown_category_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
-        main(["partition", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.category=Books"])
+        main(["partition", *BEAUTY, "--data.category=Books"])
     assert "Toys_and_Games" in capsys.readouterr().err
 
 
 def test_missing_codes_get_a_sentence():
-    with pytest.raises(FileNotFoundError, match=r"no semantic ids at .*nowhere.csv: make them with .*rqvae_....yaml`"):
-        main(["fit", "--config", str(CONFIGS / "tiger_synthetic.yaml"), "--model.semantic_ids=nowhere.csv"])
+    with pytest.raises(FileNotFoundError, match=r"no semantic ids at .*nowhere.csv: make them with .*/rqvae.yaml -c "):
+        main(["fit", *on_synthetic("tiger"), "--model.semantic_ids=nowhere.csv"])
 
 
 def test_missing_data_dir_gets_a_sentence():
     with pytest.raises(FileNotFoundError, match=r"data_dir='nowhere' has no Beauty.txt"):
-        main(["fit", "--config", str(CONFIGS / "sasrec_beauty.yaml"), "--data.data_dir=nowhere"])
+        main(["fit", *BEAUTY, "--data.data_dir=nowhere"])
 
 
 @pytest.mark.slow
 def test_sasrec_and_hstu_beat_popularity_on_a_third_of_the_budget():
-    sasrec, hstu = (
-        main(["fit", "--config", str(CONFIGS / f"{name}_synthetic.yaml"), "--trainer.max_epochs=10", QUIET])
-        for name in ("sasrec", "hstu")
-    )
+    sasrec, hstu = (main(["fit", *on_synthetic(name), "--trainer.max_epochs=10", QUIET]) for name in ("sasrec", "hstu"))
     baseline = main(["test", "--model=Popularity", "--data=SyntheticSequences", "--trainer.logger=false"])
     popularity = float(baseline.trainer.callback_metrics["test/masked/ndcg@10"])
     for cli in (sasrec, hstu):

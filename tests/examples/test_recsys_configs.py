@@ -1,4 +1,4 @@
-"""Every configuration of a recommender that ships makes a model and its data, and combines with the pieces."""
+"""Configurations of recommenders combine as documented, and each combination makes a model and its data."""
 
 from __future__ import annotations
 
@@ -12,72 +12,94 @@ import torch
 import yaml
 
 import lightning_muon
-from examples.recsys.__main__ import main
-from examples.recsys.models import (
-    HSTU,
-    TIGER,
-    Caser,
-    GRU4Rec,
-    MiniOneRec,
-    PaperSASRec,
-    SASRec,
-    SemanticIdLM,
-)
 from examples.recsys.semantic_ids.codes import SemanticIds
 from lightning_muon import MatrixOptimizer, WeightAwareOptimizer
+from tests.examples.configs import CONFIGS, files, on_synthetic
 from tests.lightning_helpers import fit
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-RECOMMENDERS = sorted(path for path in CONFIGS.glob("*.yaml") if "-m examples.recsys fit" in path.read_text())
+ROOT = CONFIGS.parent
 PIECES = sorted((CONFIGS / "optimizer").glob("*.yaml"))
-CLASSES = {
-    "sasrec": SASRec,
-    "sasrec_paper": PaperSASRec,
-    "hstu": HSTU,
-    "gru4rec": GRU4Rec,
-    "caser": Caser,
-    "tiger": TIGER,
-    "sid_lm": SemanticIdLM,
-    "minionerec": MiniOneRec,
-}
-MODELS = ("sasrec", "hstu", "gru4rec", "caser", "tiger", "sid_lm")
-TITLED = ("industrial", "office")
-SETS = ("synthetic", "beauty", "toys", "sports", *TITLED, "instruments")
 
 
-@pytest.fixture(scope="module")
-def parser():
-    """One for all files: to make it takes longer than to parse a file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["examples.recsys"])
-        return main(["--config", str(CONFIGS / "sasrec_synthetic.yaml"), "--trainer.logger=false"], run=False).parser
+def documented():
+    """Rows of the table of combinations: names of models, of data sets, and of what is added to them."""
+    rows = re.findall(r"^\| (\w+.*) \| (\w+.*) \|(.*) ?\|$", (CONFIGS / "README.md").read_text(), re.MULTILINE)
+    return [[cell.strip().split(", ") if cell.strip() else [] for cell in row] for row in rows if row[0] != "MODEL"]
+
+
+def combination(model, data, added):
+    """Names of the files."""
+    return [
+        f"model/{model}",
+        f"data/{data}",
+        *(name.replace("MODEL", model).replace("DATA", data) for name in added),
+    ]
+
+
+def enough_of(models, sets):
+    """Pairs with each model and each data set: their files set different things, so that others hold no surprise."""
+    for number in range(max(len(models), len(sets))):
+        yield models[number % len(models)], sets[number % len(sets)]
+
+
+COMBINATIONS = [combination(*pair, added) for *both, added in documented() for pair in enough_of(*both)]
+
+
+def settings_of(path):
+    """Values of a file by dotted keys."""
+
+    def flat(settings, prefix=""):
+        for key, value in settings.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    return dict(flat(yaml.safe_load(path.read_text())))
+
+
+def test_files_of_models_and_of_data_set_different_things():
+    """So they combine in any order, and any model with any data set."""
+    models, sets = ([settings_of(path) for path in (CONFIGS / kind).glob("*.yaml")] for kind in ("model", "data"))
+    assert len(models) >= 11
+    assert len(sets) >= 9
+    for model, data in product(models, sets):
+        assert model.keys() & data.keys() == set()
+
+
+def test_every_file_is_documented():
+    used = {name for *both, added in documented() for pair in product(*both) for name in combination(*pair, added)}
+    kinds = ("model", "data", "preset", "semantic_ids")
+    files = {f"{kind}/{path.stem}" for kind in kinds for path in (CONFIGS / kind).glob("*.yaml")}
+    assert files - used == {"semantic_ids/rqvae", "semantic_ids/rqkmeans"}
+    assert used <= files
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECOMMENDERS, ids=lambda path: path.stem)
-def test_a_configuration_is_complete(parser, path, tmp_path):
-    config = parser.parse_args(["--config", str(path)])
+@pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "-".join(name.partition("/")[2] for name in names))
+def test_a_combination_makes_a_model_and_its_data(recommender_parser, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text("user,item,timestamp\n" + "".join(f"a,{item},{item}\n" for item in range(4)))
+    own = ["--data.path=mine.csv"] if "data/interactions" in names else []
+    config = recommender_parser.parse_args([*files(*names), *own])
     settings = config.model.init_args
-    if "semantic_ids" in settings:  # that file is made by a command of its own
-        data = locate(config.data.class_path)(**config.data.init_args.as_dict())
-        codes = torch.arange(data.num_items)
-        SemanticIds(torch.stack([codes // 256, codes % 256], 1)).write(tmp_path / "codes.csv")
-        settings.semantic_ids = str(tmp_path / "codes.csv")
     if "checkpoint" in settings:  # pretrained weights are on the web
         settings.checkpoint = None
-    made = parser.instantiate_classes(config)
-    assert type(made.model) is max((name, kind) for name, kind in CLASSES.items() if path.stem.startswith(name))[1]
+    if "semantic_ids" in settings:  # these files are made by a command, or lie outside of the repository
+        data = locate(config.data.class_path)(**config.data.init_args.as_dict())
+        codes = torch.arange(data.num_items)
+        SemanticIds(torch.stack([codes // 256, codes % 256], 1)).write("codes.csv")
+        settings.semantic_ids = "codes.csv"
+    made = recommender_parser.instantiate_classes(config)
+    assert type(made.model) is locate(config.model.class_path)
     assert (made.model.num_items, made.model.mask_history) == (made.data.num_items, made.data.mask_history)
     assert {assignment.group for assignment in made.model.partition().assignments} == {"matrix", "other"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", PIECES, ids=lambda path: path.stem)
-def test_a_piece_for_the_optimizer_combines_with_a_model_and_trains(parser, piece):
+def test_a_piece_for_the_optimizer_combines_with_a_model_and_trains(recommender_parser, piece):
     """It chooses the classes and the rates that it names, over those of the model's file, and weights stay finite."""
     chosen = yaml.safe_load(piece.read_text())["model"]["init_args"]
-    files = ["-c", str(CONFIGS / "sasrec_synthetic.yaml"), "-c", str(piece)]
-    made = parser.instantiate_classes(parser.parse_args([*files, "--data.num_users=64"]))
+    words = [*on_synthetic("sasrec"), *files(f"optimizer/{piece.stem}")]
+    made = recommender_parser.instantiate_classes(recommender_parser.parse_args([*words, "--data.num_users=64"]))
     trainer = fit(made.model, made.data, max_steps=2)
     (optimizer,) = trainer.optimizers
     rates = {group["name"].split("/")[0]: group["lr"] for group in optimizer.param_groups}
@@ -108,28 +130,34 @@ def _is_rule(value):
         ("cpu_small", {"accelerator": "cpu", "max_epochs": 2}),
     ],
 )
-def test_pieces_for_the_trainer_combine_with_a_model_and_an_optimizer(parser, name, expected):
-    files = ("hstu_beauty.yaml", "optimizer/normuon.yaml", f"trainer/{name}.yaml")
-    config = parser.parse_args([word for file in files for word in ("-c", str(CONFIGS / file))])
+def test_pieces_for_the_trainer_combine_with_a_model_and_an_optimizer(recommender_parser, name, expected):
+    config = recommender_parser.parse_args(files("model/hstu", "data/beauty", "optimizer/normuon", f"trainer/{name}"))
     assert config.model.class_path == "examples.recsys.models.HSTU"
     assert config.model.init_args.matrix_optimizer.class_path == "lightning_muon.NorMuon"
     assert expected.items() <= config.trainer.as_dict().items()
-    assert config.trainer.logger.init_args.name == "hstu_beauty"
 
 
-@pytest.mark.parametrize("path", RECOMMENDERS, ids=lambda path: path.stem)
-def test_a_configuration_says_how_to_run_it_and_logs_under_its_name(path):
-    text = path.read_text()
-    comment = re.match(r"(#.*\n)+", text)[0]
-    assert re.search(rf"fit (-c|--config) configs/{path.name}\b", comment)
-    assert yaml.safe_load(text)["trainer"]["logger"]["init_args"]["name"] == path.stem
+@pytest.mark.parametrize("folder", ["configs", "examples", "docs", "README.md", "Makefile"])
+def test_commands_name_files_that_exist(folder):
+    """In comments, docstrings and documents; what has capitals stands for several."""
+    places = [ROOT / folder] if (ROOT / folder).is_file() else sorted((ROOT / folder).rglob("*.*"))
+    written = [path for path in places if "_build" not in path.parts]
+    texts = [path.read_text() for path in written if path.suffix in ("", ".yaml", ".md", ".py")]
+    named = {name for text in texts for name in re.findall(r"\bconfigs/[a-z0-9_/]+\.(?:yaml|csv)", text)}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_there_is_one_a_model_and_data_set():
-    """MiniOneRec is for data with titles, and MovieLens has no semantic ids."""
-    names = {f"{model}_{data}" for model, data in product(MODELS, SETS)}
-    names |= {f"{model}_ml1m" for model in MODELS[:4]}
-    names |= {f"{model}_{data}" for model, data in product(("minionerec", "minionerec_small"), TITLED)}
-    names |= {f"{model}_paper_{data}" for model, data in product(("sasrec", "gru4rec", "caser"), TITLED)}
-    names |= {"minionerec_synthetic", "sasrec_paper_beauty"}
-    assert {path.stem for path in RECOMMENDERS} == names
+def test_presets_say_what_they_go_with():
+    for *both, added in documented():
+        for model, data in product(*both):
+            for name in combination(model, data, added)[2:]:
+                if name.startswith("preset/"):
+                    first = (CONFIGS / f"{name}.yaml").read_text().partition("\n")[0]
+                    goes_with = re.sub(r"(\w*)\{([\w,]+)\}", _alternatives, first)
+                    assert re.search(rf"configs/model/\S*\b{model}\b", goes_with), name
+                    assert re.search(rf"configs/data/\S*\b{data}\b", goes_with), name
+
+
+def _alternatives(found):
+    """``a_{b,c}`` as ``a_b,a_c``."""
+    return ",".join(found[1] + each for each in found[2].split(","))

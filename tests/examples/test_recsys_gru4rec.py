@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,10 +15,10 @@ from examples.recsys.data import SyntheticSequences
 from examples.recsys.models import GRU4Rec
 from examples.recsys.models.losses import binary_cross_entropy_loss, sampled_softmax_loss, softmax_loss
 from lightning_muon import Muon
+from tests.examples.configs import on_synthetic
 from tests.lightning_helpers import QUIET
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SYNTHETIC = ["--config", str(CONFIGS / "gru4rec_synthetic.yaml"), "--trainer.enable_progress_bar=false"]
+SYNTHETIC = [*on_synthetic("gru4rec"), "--trainer.enable_progress_bar=false"]
 HISTORIES = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6, 5, 3]), torch.tensor([8])]
 
 

@@ -16,9 +16,9 @@ from examples.recsys.data import SyntheticSequences
 from examples.recsys.models import HSTU
 from examples.recsys.models.losses import cosine_sampled_softmax_loss, sampled_softmax_loss
 from lightning_muon import HybridOptimizer, Muon, ParameterRule
+from tests.examples.configs import on_synthetic
 from tests.lightning_helpers import QUIET
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 DAY = 86_400
 HISTORY = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
 TIMES = torch.tensor([[0, 1, 70, 70, 400 * DAY], [10 * DAY, 17 * DAY, 17 * DAY + 3, 0, 0]]) + 1_500_000_000 * (
@@ -333,7 +333,7 @@ class TestCommandLine:
 
     def test_fit(self, capsys):
         quick = ["--trainer.max_epochs=1", "--data.num_users=200", "--trainer.enable_progress_bar=false"]
-        cli = main(["fit", "--config", str(CONFIGS / "hstu_synthetic.yaml"), *quick])
+        cli = main(["fit", *on_synthetic("hstu"), *quick])
         assert cli.test_metrics["test/masked/ndcg@10"] > 0
         assert "HSTU" in capsys.readouterr().out
         assert list(Path("logs").rglob("best-*.ckpt"))

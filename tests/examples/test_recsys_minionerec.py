@@ -19,9 +19,9 @@ from examples.recsys.data import SyntheticSequences
 from examples.recsys.models.minionerec import MiniOneRec, stack_examples
 from examples.recsys.models.prompts import Example, Task, draw_example
 from examples.recsys.semantic_ids.codes import SemanticIds
+from tests.examples.configs import files
 from tests.lightning_helpers import QUIET
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 NUM_ITEMS, LEVELS, CODES = 40, 3, 4
 TASKS = get_args(Task)
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48, "dropout": 0.0}
@@ -354,7 +354,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("name", ["minionerec", "minionerec_small"])
     def test_configuration_is_complete(self, name, checkpoint, capsys):
         SemanticIds(torch.randint(256, (3_686, 3))).write("codes.csv")
-        options = ["--config", str(CONFIGS / f"{name}_industrial.yaml"), "--model.semantic_ids=codes.csv"]
+        options = [*files(f"model/{name}", "data/industrial", f"preset/{name}"), "--model.semantic_ids=codes.csv"]
         if name == "minionerec":
             options.append(f"--model.checkpoint={checkpoint}")
         cli = main(["partition", *options])

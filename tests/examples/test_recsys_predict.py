@@ -21,9 +21,10 @@ from examples.recsys.models.base import Recommendations
 from examples.recsys.recommendations import RecommendationWriter
 from examples.recsys.semantic_ids.codes import SemanticIds
 from tests.distributed import processes
+from tests.examples.configs import on_synthetic
 
 ROOT = Path(__file__).parents[2]
-SYNTHETIC = ["--config", str(ROOT / "configs/sasrec_synthetic.yaml"), "--data.num_users=60"]
+SYNTHETIC = [*on_synthetic("sasrec"), "--data.num_users=60"]
 QUIET = {
     "accelerator": "cpu",
     "devices": 1,

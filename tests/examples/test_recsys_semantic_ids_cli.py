@@ -19,10 +19,10 @@ from examples.recsys.semantic_ids.quality import collisions_and_error, complaint
 from examples.recsys.semantic_ids.quantization import Quantization
 from examples.recsys.semantic_ids.rqvae import RQVAE
 from tests.distributed import processes
+from tests.examples.configs import CONFIGS, files
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
-SYNTHETIC = ["--config", str(CONFIGS / "rqvae_synthetic.yaml"), "--trainer.enable_progress_bar=false"]
+SYNTHETIC = [*files("semantic_ids/rqvae", "semantic_ids/features/synthetic"), "--trainer.enable_progress_bar=false"]
 
 
 @pytest.fixture(autouse=True)
@@ -208,18 +208,18 @@ def test_rows_that_equal_another_are_counted():
     assert shared_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [1.0, 2.0], [5.0, 6.0]])) == 3
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("rq*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_is_complete(parser, path):
-    """All but the files that it reads and the encoder of texts are made of it."""
-    command = "kmeans" if path.stem.startswith("rqkmeans") else "fit"
-    assert f"python -m examples.recsys.semantic_ids {command} --config configs/{path.name}" in path.read_text()
-    config = parser.parse_args(["--config", str(path)])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("semantic_ids/features/*.yaml")), ids=lambda path: path.stem)
+def test_codes_go_to_the_file_of_the_features_and_the_run_is_called_after_it(parser, path):
+    """All but the files that it reads and the encoder of texts are made of it, in either order of the configs."""
+    words = files("semantic_ids/rqvae", f"semantic_ids/features/{path.stem}")
+    config = parser.parse_args(words)
     assert issubclass(locate(config.data.class_path), ItemFeatures)
-    assert config.codes.path.startswith("semantic_ids/")
+    assert config.codes.path == f"semantic_ids/{path.stem}.csv"
     assert config.model.levels == 3
-    if command == "fit":
-        assert config.model.matrix_optimizer.class_path == "lightning_muon.Muon"
-        assert config.trainer.callbacks[0].init_args.monitor == "val/collisions"
+    assert config.model.matrix_optimizer.class_path == "lightning_muon.Muon"
+    assert config.trainer.callbacks[0].init_args.monitor == "val/collisions"
+    assert f"name: RQVAE_{path.stem}\n" in parser.dump(config)
+    assert parser.dump(config) == parser.dump(parser.parse_args([*words[2:], *words[:2]]))
 
 
 def test_unknown_ways_of_uniqueness_are_refused_by_name(capsys):
@@ -230,7 +230,7 @@ def test_unknown_ways_of_uniqueness_are_refused_by_name(capsys):
 
 def test_a_missing_file_of_attributes_gets_a_sentence():
     with pytest.raises(FileNotFoundError, match=r"path='nowhere.gz' does not exist"):
-        main(["kmeans", "--config", str(CONFIGS / "rqkmeans_beauty.yaml"), "--data.path=nowhere.gz"])
+        main(["kmeans", *files("semantic_ids/rqkmeans", "semantic_ids/features/beauty"), "--data.path=nowhere.gz"])
 
 
 @pytest.mark.slow

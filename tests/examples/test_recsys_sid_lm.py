@@ -18,9 +18,9 @@ from examples.recsys.models.sid_lm import SemanticIdLM
 from examples.recsys.semantic_ids.codes import SemanticIds
 from lightning_muon import Muon
 from lightning_muon.schedules import Cosine
+from tests.examples.configs import CONFIGS, on_synthetic
 from tests.lightning_helpers import QUIET
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 HISTORY = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [8, 0, 0, 0, 0]])
 TARGETS = torch.tensor([[1, 4, 1, 5, 7], [2, 6, 10, 0, 0], [2, 0, 0, 0, 0]])
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
@@ -302,7 +302,7 @@ class TestCommandLine:
 
     def test_fit_of_the_shipped_codes(self):
         quick = ["--trainer.max_epochs=2", "--data.num_users=100", "--trainer.enable_progress_bar=false"]
-        codes = f"--model.semantic_ids={CONFIGS / 'semantic_ids' / 'synthetic.csv'}"
-        cli = main(["fit", "--config", str(CONFIGS / "sid_lm_synthetic.yaml"), codes, *quick])
+        codes = f"--model.semantic_ids={CONFIGS / 'semantic_ids/synthetic.csv'}"
+        cli = main(["fit", *on_synthetic("sid_lm"), codes, *quick])
         assert cli.test_metrics["test/masked/recall@10"] >= 0
         assert list(Path("logs").rglob("best-*.ckpt"))

@@ -1,4 +1,7 @@
-"""Make semantic ids: ``python -m examples.recsys.semantic_ids fit --config configs/rqvae_synthetic.yaml``.
+r"""Make semantic ids, by configs for how and of what that combine in any order::
+
+    python -m examples.recsys.semantic_ids fit \
+        -c configs/semantic_ids/rqvae.yaml -c configs/semantic_ids/features/synthetic.yaml
 
 ``fit`` trains an RQ-VAE and writes the codes of its best checkpoint; ``kmeans`` makes them by RQ-k-means of the
 features, with the levels and codebook size of the model, and trains nothing. Which checkpoint is best the monitor of
@@ -11,15 +14,18 @@ the same features, levels and codebook size explains.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import rich
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.table import Table
 from torch import Tensor
 
+from examples.recsys.runs import RunCLI, RunParser
 from examples.recsys.semantic_ids.codes import SemanticIds
 from examples.recsys.semantic_ids.collisions import add_collision_digit, balance_last_level
 from examples.recsys.semantic_ids.features import ItemFeatures
@@ -91,7 +97,15 @@ class KMeansTrainer(PartitionTrainer):
         self.quantization = Quantization(features, codes, codebooks)
 
 
-class SemanticIdsCLI(MuonCLI):
+class SemanticIdsParser(RunParser):
+    """Names runs after the file of codes, as ``RQVAE_beauty``."""
+
+    @staticmethod
+    def run_name(settings: Namespace) -> str:
+        return f"RQVAE_{Path(settings.codes.path).name.partition('.')[0]}"
+
+
+class SemanticIdsCLI(RunCLI):
     """:class:`lightning_muon.MuonCLI` that writes codes after ``fit`` and ``kmeans``; they are then in ``ids``."""
 
     ids: SemanticIds
@@ -197,6 +211,7 @@ def main(args: ArgsType = None, run: bool = True) -> SemanticIdsCLI:
         links=["num_features"],
         subclass_mode_data=True,
         trainer_class=KMeansTrainer,
+        parser_class=SemanticIdsParser,
         args=args,
         run=run,
     )

@@ -109,7 +109,8 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
     if not found.exists():
         raise FileNotFoundError(
             f"There are no semantic ids at {found.absolute()}: make them with `python -m examples.recsys.semantic_ids "
-            "fit --config configs/rqvae_....yaml`, or give the path of a file `item,c1,c2,...` as semantic_ids."
+            "fit -c configs/semantic_ids/rqvae.yaml -c configs/semantic_ids/features/....yaml`, or give the path of a "
+            "file `item,c1,c2,...` as semantic_ids."
         )
     return found
 

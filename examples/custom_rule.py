@@ -1,4 +1,4 @@
-"""A rule of your own, in two methods: RMNP (arXiv 2603.20527).
+"""A rule of your own, in one method: RMNP (arXiv 2603.20527).
 
 lightning-muon fit --model examples.plain.Classifier --data examples.plain.RandomTokens \
         --matrix_optimizer examples.custom_rule.RMNP --matrix_optimizer.lr 1e-3 --trainer.max_epochs 1
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_muon import MatrixOptimizer
+from lightning_muon import MomentumOptimizer
 
 
-class RMNP(MatrixOptimizer):
+class RMNP(MomentumOptimizer):
     """Momentum whose rows are scaled to unit length.
 
     Args:
@@ -27,9 +27,6 @@ class RMNP(MatrixOptimizer):
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(stack)}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         momentum = self.momentum(grad, state, group)

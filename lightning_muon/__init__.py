@@ -21,15 +21,16 @@ if TYPE_CHECKING:
         Dion2,
         HybridOptimizer,
         MatrixOptimizer,
+        MomentumOptimizer,
         Muon,
         MuonHyperball,
         MuonNSR,
         MuonVS,
         Muown,
         NorMuon,
+        OrthogonalizingOptimizer,
         PolarGrad,
         SinkGD,
-        SpecMuon,
         SpectralSphere,
         WeightAwareOptimizer,
     )
@@ -52,6 +53,7 @@ __all__ = [
     "HybridOptimizer",
     "MatrixLayout",
     "MatrixOptimizer",
+    "MomentumOptimizer",
     "Muon",
     "MuonCLI",
     "MuonHyperball",
@@ -60,11 +62,11 @@ __all__ = [
     "MuonVS",
     "Muown",
     "NorMuon",
+    "OrthogonalizingOptimizer",
     "ParameterRule",
     "Partition",
     "PolarGrad",
     "SinkGD",
-    "SpecMuon",
     "SpectralSphere",
     "UseMuon",
     "WeightAwareOptimizer",
@@ -79,12 +81,16 @@ _NEED_LIGHTNING = {
     "configure_hybrid_optimizer": "configure",
 }
 _FOR_PARTITIONS = {"MatrixLayout", "ParameterRule", "Partition", "partition_parameters"}
-_PACKAGES = {"callbacks", "diagnostics", "linalg", "optim", "partition", "schedules"}
+_PACKAGES = {"callbacks", "diagnostics", "experimental", "linalg", "optim", "partition", "schedules"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"lightning_muon.{name}")
+    if name == "SpecMuon":
+        raise AttributeError(
+            "lightning_muon.SpecMuon is experimental and has moved: it is lightning_muon.experimental.SpecMuon."
+        )
     if name not in __all__:
         raise AttributeError(f"module 'lightning_muon' has no attribute {name!r}")
     home = _NEED_LIGHTNING.get(name, "partition" if name in _FOR_PARTITIONS else "optim")

@@ -101,6 +101,12 @@ def resolve(path: str) -> Any:
         return None
 
 
+def experimental(name: str) -> str | None:
+    """Path of the experimental class of this name; None if there is none."""
+    path = f"lightning_muon.experimental.{name}"
+    return path if isinstance(resolve(path), type) else None
+
+
 def check_namespace(cls: object) -> None:
     """Raise for a module of the package ``pytorch_lightning``.
 

@@ -94,6 +94,8 @@ def _module_without_class(key: str, name: str) -> str:
 def _no_class(problem: Problem, found: re.Match[str], parser: argparse.ArgumentParser) -> str:
     name, known = found[1], names.subclasses(problem.kinds)
     near = names.did_you_mean(name, known, list_few=True)
+    if path := names.experimental(name):
+        near = f" Did you mean {path}?"
     own = "" if "Did you mean" in near else " A class of your own is given by its path, as in my_package.MyClass."
     return f"{_at(problem)}No {names.noun(problem.kinds)} {name!r}.{near}{own}"
 

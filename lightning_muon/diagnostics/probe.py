@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_muon.diagnostics.matrices import WatchedParameter
 from lightning_muon.diagnostics.updates import UpdateCapture
 from lightning_muon.linalg import Spectra, estimate_spectra, exact_spectra
+from lightning_muon.partition import MatrixLayout
 
 Kind: TypeAlias = Literal["weight", "update"]
 
@@ -88,11 +90,7 @@ class MatrixProbe:
             return
         # Once for each optimizer: in manual optimization the parameters of the others may be frozen meanwhile.
         self._plan = _union([self._plan, *(demand(step) for demand in self.demands)])
-        wanted = {
-            watched.parameter
-            for watched in self.parameters
-            if any(("update", name) in self._plan for name in watched.shapes)
-        }
+        wanted = {watched.parameter for watched in self._asked_for("update")}
         self._captures[optimizer] = UpdateCapture(optimizer, wanted)
 
     def after_step(self, step: int) -> list[Measurement]:
@@ -100,9 +98,8 @@ class MatrixProbe:
         if self._captures:
             captures = [capture for capture in self._captures.values() if capture.stepped]
             self.close()
-            updates = {parameter: u for capture in captures for parameter, u in capture.updates.items()}
             self._warn(captures)
-            self._measured = list(self._measure(updates)) if captures else []
+            self._measured = list(self._measure(captures)) if captures else []
         return self._measured if step == self._step else []
 
     def close(self) -> None:
@@ -127,31 +124,52 @@ class MatrixProbe:
             )
 
     @torch.no_grad()
-    def _measure(self, updates: Mapping[Tensor, Tensor]) -> Iterator[Measurement]:
+    def _measure(self, captures: Sequence[UpdateCapture]) -> Iterator[Measurement]:
         stacks: dict[tuple[Kind, torch.Size, Depth, torch.dtype, torch.device], _Stack] = {}
-        for kind, watched, tensor in self._tensors(updates):
-            for names, matrices in zip(watched.matrices, watched.read(tensor), strict=True):
-                for depth in Depth:
-                    index = [i for i, name in enumerate(names) if self._plan.get((kind, name)) is depth]
-                    if not index:
-                        continue
-                    chosen = matrices if len(index) == len(names) else matrices[index]
-                    key = (kind, matrices.shape[1:], depth, matrices.dtype, matrices.device)
-                    stack = stacks.setdefault(key, _Stack())
-                    stack.add([names[i] for i in index], chosen)
-                    if stack.elements >= MAX_STACK_ELEMENTS:
-                        yield self._measure_stack(kind, depth, stacks.pop(key))
+        for kind, names, matrices in chain(self._weights(), self._updates(captures)):
+            for depth in Depth:
+                index = [i for i, name in enumerate(names) if self._plan.get((kind, name)) is depth]
+                if not index:
+                    continue
+                chosen = matrices if len(index) == len(names) else matrices[index]
+                key = (kind, matrices.shape[1:], depth, matrices.dtype, matrices.device)
+                stack = stacks.setdefault(key, _Stack())
+                stack.add([names[i] for i in index], chosen)
+                if stack.elements >= MAX_STACK_ELEMENTS:
+                    yield self._measure_stack(kind, depth, stacks.pop(key))
         for (kind, _, depth, _, _), stack in stacks.items():
             yield self._measure_stack(kind, depth, stack)
 
-    def _tensors(self, updates: Mapping[Tensor, Tensor]) -> Iterator[tuple[Kind, WatchedParameter, Tensor]]:
-        kinds: tuple[Kind, ...] = ("weight", "update")
-        for kind in kinds:
-            for watched in self.parameters:
-                if any((kind, name) in self._plan for name in watched.shapes):
-                    tensor = watched.parameter.detach() if kind == "weight" else updates.get(watched.parameter)
-                    if tensor is not None:
-                        yield kind, watched, _whole(tensor)
+    def _weights(self) -> Iterator[tuple[Kind, list[str], Tensor]]:
+        """Names of weights, and as many matrices (b, m, n)."""
+        for watched in self._asked_for("weight"):
+            for names, matrices in zip(watched.matrices, watched.read(_whole(watched.parameter.detach())), strict=True):
+                yield "weight", names, matrices
+
+    def _updates(self, captures: Sequence[UpdateCapture]) -> Iterator[tuple[Kind, list[str], Tensor]]:
+        """The same of updates: stacks as the step had them, and parameter by parameter what is not in one."""
+        asked_for: dict[tuple[Tensor, MatrixLayout], WatchedParameter] = {
+            (watched.parameter, watched.layout): watched for watched in self._asked_for("update")
+        }
+        done = set()
+        for stack in (stack for capture in captures for stack in capture.stacks):
+            names = []
+            for member in stack.members:
+                watched = asked_for.get((member.parameter, member.layout))
+                names += [""] * member.count if watched is None else watched.matrices[member.view]
+                done.add((member.parameter, member.layout))
+            yield "update", names, stack.direction
+        for key, watched in asked_for.items():
+            if key in done:
+                continue
+            # Of an optimizer without observers, or read by rules of a monitor in another layout than the optimizer's.
+            found = [u for capture in captures if (u := capture.in_shape_of(watched.parameter)) is not None]
+            if found:
+                for names, matrices in zip(watched.matrices, watched.read(_whole(found[-1])), strict=True):
+                    yield "update", names, matrices
+
+    def _asked_for(self, kind: Kind) -> list[WatchedParameter]:
+        return [watched for watched in self.parameters if any((kind, name) in self._plan for name in watched.shapes)]
 
     def _measure_stack(self, kind: Kind, depth: Depth, stack: _Stack) -> Measurement:
         matrices = stack.join()

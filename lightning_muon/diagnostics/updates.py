@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_muon.optim import StackUpdate
+from lightning_muon.optim.stacks import consecutive
 
 _DECOUPLED = re.compile(r"AdamW|Lion|^Adafactor$|^Muon$")
 """Classes that shrink the weights by lr * weight_decay besides the update, and have no option that says so."""
@@ -19,10 +21,10 @@ _DECOUPLED = re.compile(r"AdamW|Lion|^Adafactor$|^Muon$")
 class UpdateCapture:
     """Collects what the next step of an optimizer subtracts from parameters, up to a factor a parameter.
 
-    Made between the backward pass and the step. Optimizers that show their updates (``observe_updates``) are asked. For
-    others the weights are copied and compared after the step, less the weight decay where it is decoupled, that is,
-    no part of the gradient. Parameters without a gradient do not move and are left out. Of several steps before
-    :meth:`close` the first counts.
+    Made between the backward pass and the step. Optimizers that show their updates (``observe_updates``) are asked:
+    their stacks are kept as the step had them. For others the weights are copied and compared after the step, less the
+    weight decay where it is decoupled, that is, no part of the gradient. Parameters without a gradient do not move and
+    are left out. Of several steps before :meth:`close` the first counts.
 
     Args:
         optimizer: the optimizer that is about to step.
@@ -31,15 +33,20 @@ class UpdateCapture:
 
     def __init__(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
         self.stepped = False
-        self.updates: dict[Tensor, Tensor] = {}
+        self.stacks: list[StackUpdate] = []
+        """Copies of what matrix optimizers subtract, of the parameters asked for, with a scale of 1."""
+        self.differences: dict[Tensor, Tensor] = {}
+        """What other optimizers subtracted, in the parameters' shapes."""
         self.rounded = False
         """Whether differences of weights in half precision were taken, which rounding dominates."""
         self.unknown: set[str] = set()
         """Optimizers whose weight decay is still in their updates, since it is not known how they decay."""
+        self._parameters = parameters
+        self._seen: set[Tensor] = set()
         self._before: dict[Tensor, tuple[Tensor, float]] = {}
         self._handles: list[RemovableHandle] = [optimizer.register_step_post_hook(self._after_step)]
         for child in _children(optimizer):
-            self._watch(child, parameters)
+            self._watch(child)
 
     def close(self) -> None:
         """Leave the optimizer as it was."""
@@ -48,13 +55,25 @@ class UpdateCapture:
         self._handles.clear()
         self._before.clear()
 
-    def _watch(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
+    def in_shape_of(self, parameter: Tensor) -> Tensor | None:
+        """The update of a parameter in its shape, put together from stacks if need be; None if it did not move."""
+        found = self.differences.get(parameter)
+        blocks = {
+            member.view: (member.layout, stack.direction[member.slice])
+            for stack in self.stacks
+            for member in stack.members
+            if member.parameter is parameter
+        }
+        if found is None and blocks:
+            layout, _ = blocks[0]
+            found = layout.write([blocks[view][1] for view in sorted(blocks)], parameter.shape)
+        return found
+
+    def _watch(self, optimizer: Optimizer) -> None:
         observe = getattr(optimizer, "observe_updates", None)
         if observe is not None:
-            names: dict[Tensor, str] = optimizer.parameter_names()  # type: ignore[attr-defined]
-            named = {name: parameter for parameter, name in names.items() if parameter in parameters}
-            if named:
-                self._handles.append(observe(partial(self._observe, named)))
+            if any(parameter in self._parameters for group in optimizer.param_groups for parameter in group["params"]):
+                self._handles.append(observe(self._observe))
             return
         for group in optimizer.param_groups:
             shrinkage = _decoupled_decay(optimizer, group)
@@ -62,12 +81,17 @@ class UpdateCapture:
                 self.unknown.add(type(optimizer).__name__)
                 shrinkage = 0.0
             for parameter in group["params"]:
-                if parameter in parameters and parameter.grad is not None:
+                if parameter in self._parameters and parameter.grad is not None:
                     self._before[parameter] = (parameter.detach().clone(), shrinkage)
 
-    def _observe(self, named: dict[str, Tensor], name: str, update: Tensor) -> None:
-        if name in named:
-            self.updates.setdefault(named[name], update)
+    def _observe(self, update: StackUpdate) -> None:
+        members = [m for m in update.members if m.parameter in self._parameters and m.parameter not in self._seen]
+        if not members:
+            return
+        direction = update.direction
+        if len(members) < len(update.members):
+            direction = torch.cat([direction[member.slice] for member in members])
+        self.stacks.append(StackUpdate(consecutive(members), direction * update.scale, 1.0))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -75,9 +99,10 @@ class UpdateCapture:
         if overflowed is not None and bool(overflowed):
             return
         self.stepped = True
+        self._seen.update(member.parameter for stack in self.stacks for member in stack.members)
         for parameter, (before, shrinkage) in self._before.items():
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self.updates[parameter] = before.to(dtype).mul_(1 - shrinkage).sub_(parameter.detach())
+            self.differences[parameter] = before.to(dtype).mul_(1 - shrinkage).sub_(parameter.detach())
             self.rounded = self.rounded or parameter.dtype != dtype
         self._before.clear()
 

@@ -12,10 +12,11 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.linalg.scale import normalized
 from lightning_muon.optim.arguments import check_choice, check_fraction, check_positive, dtype_for_squares
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import LRScale, NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
-class AdaMuon(MatrixOptimizer):
+class AdaMuon(OrthogonalizingOptimizer):
     r"""AdaMuon: the orthogonalized sign of the momentum, each entry divided by its own running size.
 
     .. math::
@@ -105,10 +106,8 @@ class AdaMuon(MatrixOptimizer):
         check_positive(group, "eps")
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {
-            "momentum_buffer": torch.zeros_like(stack),
-            "second_moment": torch.zeros_like(stack, dtype=dtype_for_squares(stack.dtype)),
-        }
+        second_moment = torch.zeros_like(stack, dtype=dtype_for_squares(stack.dtype))
+        return {**super().init_state(stack, group), "second_moment": second_moment}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         momentum = self.momentum(grad, state, group)

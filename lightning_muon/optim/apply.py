@@ -14,7 +14,7 @@ def split_like(direction: Tensor, members: list[StackMember], targets: list[Tens
     """(B, m, n) cut into one tensor a member, of its target's shape."""
     if all(member.plain for member in members):
         return list(direction.unbind(0))
-    parts = torch.split(direction, [member.stop - member.start for member in members])
+    parts = torch.split(direction, [member.count for member in members])
     return [part.reshape(target.shape) for part, target in zip(parts, targets, strict=True)]
 
 

@@ -71,7 +71,7 @@ class UnknownOptionError(ValueError):
         return error
 
 
-def check_parameter(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
+def checked_layout(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
     """The layout that a parameter is read in: the given one, or as it is if it is a matrix.
 
     Raises:
@@ -197,13 +197,12 @@ def check_fraction(group: dict[str, Any], key: str) -> None:
 
 
 def check_betas(group: dict[str, Any], key: str) -> None:
-    """Raise ``ValueError`` unless an option is a pair of numbers from 0 to below 1; make it a tuple."""
+    """Raise ``ValueError`` unless an option is a pair of numbers from 0 to below 1."""
     value = group[key]
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{key} must be a pair of numbers from 0 to below 1, got {value!r}.")
     for index, beta in enumerate(value):
         check_fraction({f"{key}[{index}]": beta}, f"{key}[{index}]")
-    group[key] = tuple(value)
 
 
 def check_positive(group: dict[str, Any], key: str) -> None:
@@ -251,19 +250,19 @@ def unique_names(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in unique.items()}
 
 
-def dtype_name(dtype: torch.dtype | str | None, argument: str) -> str | None:
-    """``"float32"`` for ``torch.float32``, ``"float32"`` or ``"torch.float32"``; param groups hold plain strings.
+def check_dtype(group: dict[str, Any], key: str) -> None:
+    """Raise ``ValueError`` unless an option is a floating-point dtype, or the name of one, or None."""
+    name = plain_option(group[key])
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"{key} must be a floating-point dtype such as 'float32', or None, got {group[key]!r}.")
 
-    Raises:
-        ValueError: if it is no floating-point dtype.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{argument} must be a floating-point dtype such as 'float32', or None, got {dtype!r}.")
-    return name
+
+def plain_option(value: Any) -> Any:
+    """An option as param groups hold it, so that any loader reads it: the name of a dtype, a tuple for a list."""
+    if isinstance(value, torch.dtype | str):
+        return str(value).removeprefix("torch.")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def dtype_for_squares(dtype: torch.dtype) -> torch.dtype:

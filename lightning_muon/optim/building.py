@@ -24,6 +24,7 @@ from lightning_muon.optim.arguments import (
 )
 from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.routing import can_train, options_of
+from lightning_muon.optim.shared_options import default_momentum
 from lightning_muon.partition import Partition
 
 OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
@@ -127,17 +128,9 @@ def check_names(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """What generic code looks up in ``defaults``: OneCycleLR and LearningRateMonitor ask for momentum there.
-
-    ``betas`` stays out: with it they would read and write ``betas`` of every group and miss Muon's momentum.
-    """
-    shared: dict[str, Any] = {}
-    for child in optimizers.values():
-        shared.update({key: child.defaults[key] for key in ("lr", "momentum") if key in child.defaults})
-    for child in optimizers.values():
-        if "betas" in child.defaults:
-            shared.setdefault("momentum", child.defaults["betas"][0])
-    return shared
+    """What generic code looks up in ``defaults`` of a hybrid: the learning rate and a momentum."""
+    rates = [child.defaults["lr"] for child in optimizers.values() if "lr" in child.defaults]
+    return {**({"lr": rates[-1]} if rates else {}), **default_momentum(optimizers.values())}
 
 
 def _without_matrices(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> str:

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_muon.optim.arguments import OPTIMIZER_KEY, class_label
 from lightning_muon.optim.routing import Routing
+from lightning_muon.optim.stacks import MatrixStack
+from lightning_muon.partition.names import some_names
 
 
 @dataclass
@@ -168,6 +170,46 @@ def check_class(saved_options: Mapping[str, Any], optimizer: Optimizer, what: st
     )
 
 
+def check_classes(saved: Sequence[dict[str, Any]], optimizer: Optimizer) -> None:
+    """:func:`check_class` for all groups of a state."""
+    for group in saved:
+        check_class(group, optimizer, repr(group["name"]) if "name" in group else "these parameters")
+
+
+def check_entries(
+    loaded: Mapping[Tensor, set[str]],
+    stacks: Iterable[MatrixStack],
+    optimizer: Optimizer,
+    saved: Sequence[dict[str, Any]],
+) -> None:
+    """Refuse a state that has other entries than a rule keeps.
+
+    Args:
+        loaded: names of the loaded entries, by parameter.
+        stacks: of these parameters, bound to the state.
+        optimizer: the rule.
+        saved: param groups of the state, which say what saved it.
+
+    Raises:
+        ValueError: names the parameter, both lists of entries, both rules and what to do.
+    """
+    kept: dict[Tensor, set[str]] = {}
+    members = [(member, stack) for stack in stacks for member in stack.members]
+    for member, stack in members:
+        kept.setdefault(member.parameter, set()).update(map(member.state_key, stack.state))
+    kind = type(optimizer).__name__
+    for member, _ in members:
+        found, own = loaded.get(member.parameter), kept[member.parameter]
+        if found is not None and found != own:
+            rules = sorted({name_of_class(group[OPTIMIZER_KEY]) for group in saved if OPTIMIZER_KEY in group})
+            raise ValueError(
+                f"The state to load for {member.name!r} has {', '.join(sorted(found))}, but {kind} keeps "
+                f"{', '.join(sorted(own)) or 'no state'}: it was saved by another rule"
+                f"{', ' + ' and '.join(rules) if rules else ''}. Choose that one again, or load the weights alone and "
+                f"let {kind} start anew."
+            )
+
+
 def name_of_class(label: str) -> str:
     """``"AdamW"`` of :func:`class_label`'s ``"torch.AdamW"``."""
     return label.split(".", 1)[-1]
@@ -246,8 +288,9 @@ def _repeated_names(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dic
         for some in (groups, (group for group in saved_groups if "param_names" in group))
     )
     if lists != saved_lists:
+        names = some_names(sorted(map(repr, repeated)), 4)
         raise ValueError(
-            f"Several parameters are called {_some(map(repr, repeated))}, so that only their places in the param "
+            f"Several parameters are called {names}, so that only their places in the param "
             "groups tell them apart, and these differ between the optimizer and its saved state. Give each parameter "
             "a name of its own, e.g. by named_parameters() of the module that holds them all."
         )
@@ -279,19 +322,13 @@ def _in_order_of(groups: Sequence[dict[str, Any]], loading: LoadingGroup) -> Loa
 def _refuse_other_membership(unexpected: list[str], missing: list[str], moved: list[str]) -> None:
     problems = []
     if unexpected:
-        problems.append(f"not in this model's optimizer: {_some(map(repr, unexpected))}")
+        problems.append(f"not in this model's optimizer: {some_names(sorted(map(repr, unexpected)), 4)}")
     if missing:
-        problems.append(f"not in the checkpoint: {_some(map(repr, missing))}")
+        problems.append(f"not in the checkpoint: {some_names(sorted(map(repr, missing)), 4)}")
     if moved:
-        problems.append(f"moved: {_some(moved)}")
+        problems.append(f"moved: {some_names(sorted(moved), 4)}")
     if problems:
         raise ValueError(
             f"The optimizer state was saved with another partition; {'; '.join(problems)}. Use the parameter rules and "
             "the frozen parameters of the run that saved it, or load the weights alone."
         )
-
-
-def _some(texts: Iterable[str], limit: int = 4) -> str:
-    ordered = sorted(texts)
-    rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + rest

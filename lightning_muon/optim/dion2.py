@@ -11,10 +11,11 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import check_positive
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import LRScale, NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
-class Dion2(MatrixOptimizer):
+class Dion2(OrthogonalizingOptimizer):
     r"""Dion2: a step orthogonalizes a part of the momentum, the slices that have gathered most.
 
     With slices along the shorter dimension, rows :math:`i` if m <= n, else columns, and :math:`k = \lceil f \min(m, n)
@@ -100,9 +101,6 @@ class Dion2(MatrixOptimizer):
         check_positive(group, "fraction")
         if group["fraction"] > 1:
             raise ValueError(f"fraction must be above 0 and at most 1, the whole matrix, got {group['fraction']!r}.")
-
-    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(stack)}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         momentum = state["momentum_buffer"].add_(grad)

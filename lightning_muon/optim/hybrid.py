@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast, overload
 
 import torch
@@ -21,11 +22,13 @@ from lightning_muon.optim.building import (
     warn_of_partition,
 )
 from lightning_muon.optim.checkpoint import check_class, match_groups, state_of
-from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
+from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.membership import Links, _ParameterHolder
 from lightning_muon.optim.muon import Muon
+from lightning_muon.optim.observing import UpdateObserver
 from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.routing import Routing
+from lightning_muon.optim.shared_options import FollowedRates, MomentumAlias
 from lightning_muon.partition import ParameterRule, Partition, partition_parameters
 
 
@@ -68,6 +71,8 @@ class HybridOptimizer(_ParameterHolder):
         self.optimizers = dict(optimizers or {})
         self._routing = Routing(partition, self.optimizers)
         self._links = Links()
+        self._momentum = MomentumAlias()
+        self._rates = FollowedRates()
         groups = []
         for owner, child in self.optimizers.items():
             for index, group in enumerate(child.param_groups):
@@ -86,7 +91,7 @@ class HybridOptimizer(_ParameterHolder):
             if partition is not None and isinstance(child, MatrixOptimizer):  # frozen matrices may join later
                 child.layouts.update({entry.parameter: entry.layout for entry in partition if entry.layout is not None})
         self._routing.start(self.param_groups)
-        self._link()
+        self._update_children()
 
     @classmethod
     def from_module(
@@ -141,17 +146,17 @@ class HybridOptimizer(_ParameterHolder):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._is_linked():
-            self._link()
+        if not self._children_are_up_to_date():
+            self._update_children()
         if self._routing.waiting:
             unfrozen = [entry for entry in self._routing.waiting if not entry.frozen]
             self._take_in([entry for entry in unfrozen if entry.parameter.grad is not None])
-        self._follow_rates()
-        self._carry_momentum()
+        self._rates.carry()
+        self._momentum.carry(group for group in self.param_groups if not self._has_momentum(group))
         # Who differentiates the gradients has to do so while all weights are as they were. Matrix optimizers check
         # everything before they move anything: then they, so that a refused step changes nothing. They get the loss,
         # which some rules need; others would take a closure for leave to evaluate the model.
-        for child in self._links.order:
+        for child in self._order:
             if not child.param_groups:  # all its parameters are frozen
                 continue
             if isinstance(child, MatrixOptimizer) and closure is not None:
@@ -168,27 +173,26 @@ class HybridOptimizer(_ParameterHolder):
     def train(self) -> None:
         """Switch schedule-free children to the weights to train on; others have no such mode. A Trainer calls this."""
         self._links.mode = "train"
-        for child in self._links.modal:
-            child.train()  # type: ignore[attr-defined]
+        self._switch("train")
 
     def eval(self) -> None:
         """Switch schedule-free children to the weights to evaluate and to save."""
         self._links.mode = "eval"
-        for child in self._links.modal:
-            child.eval()  # type: ignore[attr-defined]
+        self._switch("eval")
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
-        """Call ``observer(name, update)`` at each step, for each parameter of each :class:`MatrixOptimizer` that moves.
+        """Call ``observer(update)`` at each step for each stack of matrices that moves, before it does.
 
-        See :meth:`MatrixOptimizer.observe_updates`. Parameters that join later are observed too.
+        The same as :meth:`MatrixOptimizer.observe_updates` of every child that is one; what other children do is not
+        observed. Parameters that join later are.
 
         Returns:
-            A handle whose ``remove()`` ends the observation.
+            A handle whose ``remove()`` ends it, in all children.
         """
-        observers = [child._observers for child in self.optimizers.values() if isinstance(child, MatrixOptimizer)]
-        handle = RemovableHandle(self._links.observers, extra_dict=observers)
-        for registered in (self._links.observers, *observers):
-            registered[handle.id] = observer
+        observed = [child._observers for child in self.optimizers.values() if isinstance(child, MatrixOptimizer)]
+        handle = RemovableHandle(OrderedDict(), extra_dict=observed)
+        for observers in observed:
+            observers[handle.id] = observer
         return handle
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,11 +225,12 @@ class HybridOptimizer(_ParameterHolder):
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("optimizers", "_routing", "_constructing")}
         links = Links(mode=self._links.mode, stateful=self._links.stateful)
-        return {**super().__getstate__(), **own, "_links": links}
+        anew = {"_links": links, "_momentum": MomentumAlias(), "_rates": FollowedRates()}
+        return {**super().__getstate__(), **own, **anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._link()
+        self._update_children()
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._complete_all()
@@ -273,18 +278,18 @@ class HybridOptimizer(_ParameterHolder):
         self._links.mode = None  # the groups say which weights were saved
         self._complete_all()
         self._routing.refresh(self.param_groups)
-        self._link()
+        self._update_children()
 
-    def _carry_momentum(self) -> None:
-        """Keep ``momentum`` and ``betas[0]`` of a group the same, whichever a scheduler such as OneCycleLR has set."""
-        momenta = self._links.momenta
-        for group in self.param_groups:
-            if "betas" not in group or "momentum" not in group or group["momentum"] == group["betas"][0]:
-                continue
-            if "momentum" in self.optimizers[self._owner(group)].defaults:  # its own, and not another word for betas[0]
-                continue
-            if group["momentum"] != momenta.get(id(group), group["momentum"]):
-                group["betas"] = (group["momentum"], *group["betas"][1:])
-            else:
-                group["momentum"] = group["betas"][0]
-            momenta[id(group)] = group["momentum"]
+    @cached_property
+    def _order(self) -> list[Optimizer]:
+        """The children as they step."""
+        return sorted(self.optimizers.values(), key=_turn)
+
+    def _has_momentum(self, group: dict[str, Any]) -> bool:
+        """Whether the optimizer of a group has a momentum, so that it is not another word for ``betas[0]``."""
+        return "momentum" in self.optimizers[self._routing.owner(group)].defaults
+
+
+def _turn(child: Optimizer) -> tuple[bool, bool]:
+    """Sorts the children into the order in which they step."""
+    return not foreign.differentiates_gradients(child), not isinstance(child, MatrixOptimizer)

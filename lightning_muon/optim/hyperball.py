@@ -11,11 +11,12 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import check_positive, parameter_names
 from lightning_muon.optim.matrix import NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 from lightning_muon.partition import MatrixLayout
 
 
-class MuonHyperball(WeightAwareOptimizer):
+class MuonHyperball(WeightAwareOptimizer, OrthogonalizingOptimizer):
     r"""Muon with weights and steps of fixed Frobenius norm, so that the learning rate is the relative change a step.
 
     .. math::
@@ -115,7 +116,7 @@ class MuonHyperball(WeightAwareOptimizer):
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         # Measured at the first step: the weights here are rounded to the dtype of the state.
         radius = stack.new_zeros(stack.shape[0], dtype=torch.promote_types(stack.dtype, torch.float32))
-        return {"momentum_buffer": torch.zeros_like(stack), "radius": radius}
+        return {**super().init_state(stack, group), "radius": radius}
 
     def next_weights(
         self, read_weights: WeightReader, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]

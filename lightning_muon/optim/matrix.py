@@ -12,36 +12,34 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from lightning_muon.linalg import orthogonalize
-from lightning_muon.linalg.orthogonalize import check_orthogonalization
 from lightning_muon.optim.apply import decay, decay_by, split_like, subtract
 from lightning_muon.optim.arguments import (
     OPTIMIZER_KEY,
     WRITTEN_BY_OTHERS,
     check_choice,
-    check_fraction,
+    check_dtype,
     check_non_negative,
     check_option_names,
-    check_parameter,
+    checked_layout,
     class_label,
-    dtype_name,
     parameter_names,
+    plain_option,
     unique_names,
 )
 from lightning_muon.optim.checkpoint import (
-    check_class,
+    check_classes,
+    check_entries,
     check_form,
-    name_of_class,
     restore_exactly,
 )
 from lightning_muon.optim.gradients import check_dense, nonfinite_parameters
+from lightning_muon.optim.observing import StackUpdate, UpdateObserver
 from lightning_muon.optim.rollback import unchanged_on_error
-from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks
+from lightning_muon.optim.stacks import MatrixStack, StackMember, build_stacks, consecutive
 from lightning_muon.partition import MatrixLayout
 
 LRScale: TypeAlias = Literal["match_rms_adamw", "original", "spectral", "none"]
 NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]
-UpdateObserver: TypeAlias = Callable[[str, Tensor], None]
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
@@ -65,9 +63,9 @@ class MatrixOptimizer(Optimizer):
 
     .. math:: W \leftarrow (1 - \eta\lambda) W - \eta\, s(m, n)\, D.
 
-    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`; :meth:`momentum` and
-    :meth:`orthogonalize` do what most of them share. Gradients are never modified; parameters without a gradient are
-    left alone.
+    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`. Those with a momentum derive from
+    :class:`MomentumOptimizer`, those that orthogonalize from :class:`OrthogonalizingOptimizer`. Gradients are never
+    modified; parameters without a gradient are left alone.
 
     Args:
         params: parameters or param groups, as in ``torch.optim``. A group may hold ``"layouts"``, one
@@ -104,8 +102,6 @@ class MatrixOptimizer(Optimizer):
         self._stacks: list[list[MatrixStack]] = []
         self._signatures: list[list[tuple[int, torch.dtype, torch.device]]] = []
         self._observers: OrderedDict[int, UpdateObserver] = OrderedDict()
-        self.loss: Any = None
-        """What the closure of the step under way returned, for rules that need it; None without a closure."""
         shared = {"lr_scale": lr_scale, "cautious": cautious, "state_dtype": state_dtype, "nonfinite": nonfinite}
         super().__init__(params, {"weight_decay": 0.0, **defaults, **shared})
 
@@ -141,24 +137,13 @@ class MatrixOptimizer(Optimizer):
         return None
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ``ValueError`` for options of a param group that are out of range.
-
-        Covers what the base knows, and the options that :meth:`momentum` and :meth:`orthogonalize` read where the
-        group has them. Rules extend it for their own.
-        """
+        """Raise ``ValueError`` for options of a param group that are out of range. Rules extend it for their own."""
         check_non_negative(group, "lr")
         check_non_negative(group, "weight_decay")
-        if "momentum" in self.defaults:
-            check_fraction(group, "momentum")
-        if "nesterov" in self.defaults:
-            check_choice(group, "nesterov", (False, True))
-        if "orthogonalize_dtype" in self.defaults:
-            group["orthogonalize_dtype"] = dtype_name(group["orthogonalize_dtype"], "orthogonalize_dtype")
-            check_orthogonalization(group["method"], group["steps"], None)
         check_choice(group, "lr_scale", tuple(_SCALES))
         check_choice(group, "nonfinite", ("propagate", "raise", "skip"))
         check_choice(group, "cautious", (False, True))
-        group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
+        check_dtype(group, "state_dtype")
         if group.get("use_muon") is False:
             raise ValueError(
                 f"use_muon=False asks {type(self).__name__} to leave a param group to Adam, but it orthogonalizes or "
@@ -179,6 +164,7 @@ class MatrixOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self.check_group(param_group)
+            param_group.update({key: plain_option(param_group[key]) for key in self.defaults})
             self.layouts.update(self._checked_layouts(param_group, layouts))
         except Exception:
             self.param_groups.pop()
@@ -206,24 +192,20 @@ class MatrixOptimizer(Optimizer):
         self._refresh_stacks()
         check_dense(self.param_groups)
         nonfinite = nonfinite_parameters(self.param_groups)
-        self.loss = loss
-        updates: dict[Tensor, dict[int, Tensor]] = {}
-        try:
-            for group, stacks in zip(self.param_groups, self._stacks, strict=True):
-                for stack in stacks:
-                    self._step_stack(stack, group, nonfinite, updates)
-        finally:
-            self.loss = None
+        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
+            for stack in stacks:
+                self._step_stack(stack, group, nonfinite)
         return loss
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
-        """Call ``observer(name, update)`` at each step, for each parameter that moves.
+        """Call ``observer(update)`` at each step for each stack that moves, before it does.
 
-        The update is scale times direction in the parameter's shape: what the step subtracts, before learning rate and
-        weight decay. It is the observer's to keep.
+        The :class:`StackUpdate` has ``members``, ``direction`` (B, m, n) and ``scale`` as the step has them. The
+        direction is lent: read it, clone what is to be kept, and do not write to it. A step calls an observer several
+        times: once for each shape, dtype and device of a param group, more often for many or large matrices.
 
         Returns:
-            A handle whose ``remove()`` ends it. Without observers nothing is computed for them.
+            A handle whose ``remove()`` ends it. Without observers nothing is computed or copied for them.
         """
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
@@ -232,29 +214,6 @@ class MatrixOptimizer(Optimizer):
     def parameter_names(self) -> dict[Tensor, str]:
         """The name by which observers hear of each parameter; unique over all groups."""
         return unique_names(self.param_groups)
-
-    def momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        r"""Moving average :math:`M \leftarrow \mu M + (1-\mu) G`, looking ahead if the group has ``nesterov``.
-
-        Updates ``state["momentum_buffer"]``. The result has the memory of ``grad`` and may be overwritten.
-        """
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp_(buffer, group["momentum"]) if group.get("nesterov") else grad.copy_(buffer)
-
-    def orthogonalize(self, matrices: Tensor, group: dict[str, Any], overwrite: bool = True) -> Tensor:
-        """:func:`~lightning_muon.linalg.orthogonalize` by ``method``, ``steps`` and ``orthogonalize_dtype`` of a group,
-        or by its defaults where the rule has no such options.
-
-        Args:
-            matrices: (B, m, n).
-            group: the options of the param group.
-            overwrite: whether the memory of ``matrices`` may be used for the work.
-        """
-        name = group.get("orthogonalize_dtype")
-        dtype = None if name is None else getattr(torch, name)
-        method = group.get("method", "jordan")
-        return orthogonalize(matrices, method, group.get("steps"), dtype, overwrite=overwrite)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it.
@@ -268,53 +227,31 @@ class MatrixOptimizer(Optimizer):
             restore_exactly(self, state_dict, self.param_groups)
             loaded = {parameter: set(state) for parameter, state in self.state.items() if state}
             try:
-                self.check_state()
+                stacks = self._bind_loaded_state() if loaded else []
             except ValueError:
-                self._check_classes(saved)  # the better reason
+                check_classes(saved, self)  # the better reason
                 raise
-            self._check_rule(loaded, [stack for stacks in self._stacks for stack in stacks], saved)
-            self._check_classes(saved)
+            check_entries(loaded, stacks, self, saved)
+            check_classes(saved, self)
 
-    def _check_classes(self, saved: Sequence[dict[str, Any]]) -> None:
-        for group in saved:
-            check_class(group, self, repr(group["name"]) if "name" in group else "these parameters")
+    def _bind_loaded_state(self) -> list[MatrixStack]:
+        """Bind the state that was loaded, and return its stacks.
 
-    def check_state(self) -> None:
-        """Raise ``ValueError`` if the state does not fit the parameters, as after loading that of another model."""
-        if any(self.state.get(parameter) for group in self.param_groups for parameter in group["params"]):
-            self._refresh_stacks()
-            self._check_idle_state()
+        Parameters that are frozen now, but have been trained, need no memory: they are bound on a copy.
 
-    def _check_idle_state(self) -> None:
-        """The same for parameters that are frozen now, but have been trained: as if they took part, on a copy."""
+        Raises:
+            ValueError: if the state does not fit the parameters, as that of another model.
+        """
+        self._refresh_stacks()
+        stacks = [stack for stacks in self._stacks for stack in stacks]
         for group in self.param_groups:
             idle = [p for p in group["params"] if not _takes_part(p) and self.state.get(p)]
-            if idle:
-                copied = defaultdict(dict, {parameter: dict(self.state[parameter]) for parameter in idle})
-                kept = {parameter: set(state) for parameter, state in copied.items()}
-                stacks = self._stacks_of(idle, group)
-                for stack in stacks:
-                    stack.bind(copied, self.init_state, group)
-                self._check_rule(kept, stacks)
-
-    def _check_rule(
-        self, loaded: dict[Tensor, set[str]], stacks: Sequence[MatrixStack], saved: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Raise ``ValueError`` where a loaded state has other entries than this rule keeps."""
-        members = [member for stack in stacks for member in stack.members]
-        kept: dict[Tensor, set[str]] = {}
-        for member in members:
-            kept.setdefault(member.parameter, set()).update(map(member.state_key, member.bound))
-        for member in members:
-            found = loaded.get(member.parameter)
-            if found is not None and found != kept[member.parameter]:
-                rules = sorted({name_of_class(group[OPTIMIZER_KEY]) for group in saved if OPTIMIZER_KEY in group})
-                raise ValueError(
-                    f"The state to load for {member.name!r} has {', '.join(sorted(found))}, but {type(self).__name__} "
-                    f"keeps {', '.join(sorted(kept[member.parameter])) or 'no state'}: it was saved by another rule"
-                    f"{', ' + ' and '.join(rules) if rules else ''}. Choose that one again, or load the weights alone "
-                    f"and let {type(self).__name__} start anew."
-                )
+            copied = defaultdict(dict, {parameter: dict(self.state[parameter]) for parameter in idle})
+            frozen = self._stacks_of(idle, group)
+            for stack in frozen:
+                stack.bind(copied, self.init_state, group)
+            stacks += frozen
+        return stacks
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "layouts": self.layouts}
@@ -330,7 +267,6 @@ class MatrixOptimizer(Optimizer):
         super().__setstate__(state)
         self._stacks, self._signatures = [], []
         self.__dict__.setdefault("_observers", OrderedDict())
-        self.__dict__.setdefault("loss", None)
 
     def _checked_layouts(
         self, group: dict[str, Any], layouts: Sequence[MatrixLayout] | None
@@ -341,7 +277,7 @@ class MatrixOptimizer(Optimizer):
             raise ValueError(f"A group of {len(parameters)} parameters needs as many layouts, got {len(layouts)}.")
         wanted = [self.layouts.get(parameter) for parameter in parameters] if layouts is None else layouts
         return {
-            parameter: check_parameter(parameter, name, layout)
+            parameter: checked_layout(parameter, name, layout)
             for parameter, name, layout in zip(parameters, parameter_names(group), wanted, strict=True)
         }
 
@@ -366,30 +302,19 @@ class MatrixOptimizer(Optimizer):
         names, layouts = [name_of[p] for p in parameters], [self.layouts[p] for p in parameters]
         return build_stacks(parameters, names, layouts, dtype)
 
-    def _step_stack(
-        self,
-        stack: MatrixStack,
-        group: dict[str, Any],
-        nonfinite: set[Tensor],
-        updates: dict[Tensor, dict[int, Tensor]],
-    ) -> None:
+    def _step_stack(self, stack: MatrixStack, group: dict[str, Any], nonfinite: set[Tensor]) -> None:
         members = [m for m in stack.members if m.parameter.grad is not None and m.parameter not in nonfinite]
         if not members:
             return
         if len(members) == len(stack.members):
-            self._move(stack, members, stack.state, group, updates)
+            self._move(stack, members, stack.state, group)
         else:
             state, index = stack.take(members)
-            self._move(stack, members, state, group, updates)
+            self._move(stack, members, state, group)
             stack.put(index, state)
 
     def _move(
-        self,
-        stack: MatrixStack,
-        members: list[StackMember],
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-        updates: dict[Tensor, dict[int, Tensor]],
+        self, stack: MatrixStack, members: list[StackMember], state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         """Apply the rule to the members of a stack, all of which have gradients."""
         direction = self.direction(stack.gather_grads(members), state, group)
@@ -397,9 +322,10 @@ class MatrixOptimizer(Optimizer):
         factor = self.decay_factor(state, group) if group["weight_decay"] != 0 else None
         scale = shape_scale(group["lr_scale"], *stack.shape)
         targets = [member.target(member.parameter) for member in members]
-        parts = split_like(direction.to(targets[0].dtype), members, targets)
+        direction = direction.to(targets[0].dtype)
         if self._observers:
-            self._observe(members, [part * scale for part in parts], updates)
+            self._tell(StackUpdate(consecutive(members), direction, scale))
+        parts = split_like(direction, members, targets)
         if group["weight_decay"] != 0:
             amount = group["lr"] * group["weight_decay"]
             if factor is None:
@@ -409,32 +335,19 @@ class MatrixOptimizer(Optimizer):
                 decay_by(targets, parts, amounts, group["cautious"])
         subtract(targets, parts, group["lr"] * scale)
 
+    def _tell(self, update: StackUpdate) -> None:
+        for observer in list(self._observers.values()):
+            observer(update)
+
     def _check_answer(self, method: str, answer: Any, members: list[StackMember], stack: MatrixStack) -> None:
         """Raise ``ValueError`` unless a rule answered with one matrix for each of the members."""
-        expected = (sum(member.stop - member.start for member in members), *stack.shape)
+        expected = (sum(member.count for member in members), *stack.shape)
         if not isinstance(answer, Tensor) or answer.shape != expected:
             found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(
                 f"{type(self).__name__}.{method} must return a tensor of shape {expected}, that of the gradients, here "
                 f"for {members[0].name!r}; it returned {found}."
             )
-
-    def _observe(
-        self, members: list[StackMember], parts: list[Tensor], updates: dict[Tensor, dict[int, Tensor]]
-    ) -> None:
-        """Tell the observers; a parameter spread over several stacks waits in ``updates`` for its last block."""
-        for member, part in zip(members, parts, strict=True):
-            blocks = updates.setdefault(member.parameter, {})
-            blocks[member.view] = part
-            if len(blocks) < member.views:
-                continue
-            if member.plain:
-                update = blocks[0]
-            else:
-                ordered = [blocks[view] for view in range(member.views)]
-                update = member.layout.write(ordered, member.parameter.shape)
-            for observer in list(self._observers.values()):
-                observer(member.name, update)
 
 
 def _takes_part(parameter: Tensor) -> bool:

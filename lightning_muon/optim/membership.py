@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +21,10 @@ from lightning_muon.optim.arguments import (
     constructor_options,
 )
 from lightning_muon.optim.building import add_group
-from lightning_muon.optim.matrix import MatrixOptimizer, UpdateObserver
+from lightning_muon.optim.matrix import MatrixOptimizer
 from lightning_muon.optim.rollback import unchanged_on_error
 from lightning_muon.optim.routing import Routing, set_rate
+from lightning_muon.optim.shared_options import FollowedRates, MomentumAlias
 from lightning_muon.partition import ParameterAssignment, Partition
 
 _log = logging.getLogger(__name__)
@@ -32,38 +32,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Links:
-    """What follows from the param groups and the children, kept up to date by ``_ParameterHolder._link``.
+    """What ties a hybrid to its children, beside the groups and the state that they share.
 
     One object, because wrappers such as Lightning's share our attributes but keep to themselves those that they set.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
-    order: list[Optimizer] = field(default_factory=list)
-    """The children as they step."""
-    modal: list[Optimizer] = field(default_factory=list)
-    """Children that are switched between training and evaluation."""
+    """``param_groups`` as the children last got them."""
     mode: str | None = None
     """Which of ``"train"`` and ``"eval"`` was called last."""
     stateful: list[str] = field(default_factory=list)
     """Names of children that make their state at construction."""
-    momenta: dict[int, Any] = field(default_factory=dict)
-    followers: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
-    """Groups whose learning rate follows another's, and these."""
-    rates: dict[int, Any] = field(default_factory=dict)
-    """Their learning rates when last seen."""
-    observers: OrderedDict[int, UpdateObserver] = field(default_factory=OrderedDict)
 
 
 class _ParameterHolder(Optimizer):
     """The half of :class:`~lightning_muon.optim.HybridOptimizer` that knows which child has which parameters.
 
-    ``param_groups`` holds the very dicts of the children, less those groups that are empty as all their parameters are
-    frozen; all share one ``state``.
+    ``param_groups`` holds the very dicts of the children, and those groups that are empty as all their parameters are
+    frozen; all share one ``state``. Which child has a group is kept by the name of the group, in ``_routing``; the
+    children's own lists follow from that.
     """
 
     optimizers: dict[str, Optimizer]
     _routing: Routing
     _links: Links
+    _momentum: MomentumAlias
+    _rates: FollowedRates
     _constructing: bool
 
     @property
@@ -98,7 +92,7 @@ class _ParameterHolder(Optimizer):
             added = [self._add_group(owner, group, param_group.get("lr")) for owner, group in parts]
             for group in added[:-1]:
                 group[FOLLOWS_KEY] = added[-1]["name"]
-            self._link()
+            self._update_children()
 
     def adopt(self, partition: Partition) -> list[ParameterAssignment]:
         """Go on with a new partition of the module, after layers were added, replaced, renamed or removed.
@@ -135,7 +129,7 @@ class _ParameterHolder(Optimizer):
             for child in self.optimizers.values():
                 if isinstance(child, MatrixOptimizer):
                     child.layouts.update({e.parameter: e.layout for e in entries if e.layout is not None})
-            self._link()
+            self._update_children()
             joining = [e for e in self._routing.waiting if not e.frozen and e.parameter not in before]
             self._take_in(joining)
         return joining
@@ -149,7 +143,7 @@ class _ParameterHolder(Optimizer):
         """
         if self._routing.waiting:
             self._take_in([entry for entry in self._routing.waiting if not entry.frozen])
-        self._follow_rates()
+        self._rates.carry()
         super().zero_grad(set_to_none)
 
     def _take_in(self, entries: Sequence[ParameterAssignment]) -> None:
@@ -160,11 +154,11 @@ class _ParameterHolder(Optimizer):
         for entry in entries:
             together.setdefault((entry.group, entry.group_name), []).append(entry)
         with unchanged_on_error(self, *self.optimizers.values()):
-            if not self._is_linked():
-                self._link()
+            if not self._children_are_up_to_date():
+                self._update_children()
             for (owner, name), members in together.items():
                 self._join(owner, name, members)
-            self._link()
+            self._update_children()
         _log.info("%d parameters that take gradients now joined the optimizer.", len(entries))
 
     def _join(self, owner: str, name: str, entries: Sequence[ParameterAssignment]) -> None:
@@ -185,11 +179,12 @@ class _ParameterHolder(Optimizer):
 
     def _add_group(self, owner: str, group: dict[str, Any], lr: Any = None) -> dict[str, Any]:
         """Add a new group to a child: with the options given, else with those of the group of that name."""
+        self._name_groups()
         taken = {parameter for own in self.param_groups for parameter in own["params"]}
         if not taken.isdisjoint(group["params"]):
             raise ValueError("Some of these parameters are optimized already: each may be in one param group only.")
         child = self.optimizers[owner]
-        siblings = [own for own in self.param_groups if self._owner(own) == owner]
+        siblings = [own for own in self.param_groups if self._routing.owner(own) == owner]
         like = next((own for own in siblings if own["name"] == group["name"]), None)
         if like is not None:
             options = self._routing.built.get(like["name"], {})
@@ -212,15 +207,15 @@ class _ParameterHolder(Optimizer):
             foreign.add_initial_state(self.optimizers[owner], group)
 
     def _complete_all(self) -> None:
+        self._name_groups()
         for group in self.param_groups:
-            self._complete(group, self._owner(group))
+            self._complete(group, self._routing.owner(group))
 
     def _complete(self, group: dict[str, Any], owner: str) -> None:
         """Give a group what each has: names to load by, the class of its optimizer, and a momentum to log."""
         group[OPTIMIZER_KEY] = class_label(self.optimizers[owner])
         self._set_param_names(group)
-        # So that none takes another child's from the shared defaults.
-        group.setdefault("momentum", group["betas"][0] if "betas" in group else 0.0)
+        self._momentum.add(group)
 
     def _set_param_names(self, group: dict[str, Any]) -> None:
         # torch wants all groups or none to have names.
@@ -228,13 +223,13 @@ class _ParameterHolder(Optimizer):
             known = {entry.parameter: entry.name for entry in self.partition or ()}
             group["param_names"] = [known.get(p, f"{group['name']}[{i}]") for i, p in enumerate(group["params"])]
 
-    def _owner(self, group: dict[str, Any]) -> str:
-        """Name of the child that takes a group of ``param_groups``, which may have been put there by others."""
-        owner = self._routing.owner(group)
-        if "name" not in group:
-            group["name"] = self._unused_name(owner)
-        self._routing.owners[group["name"]] = owner
-        return owner
+    def _name_groups(self) -> None:
+        """Name the groups that others put into ``param_groups`` without one, and keep which child has them."""
+        for group in self.param_groups:
+            owner = self._routing.owner(group)
+            if "name" not in group:
+                group["name"] = self._unused_name(owner)
+            self._routing.owners[group["name"]] = owner
 
     def _unused_name(self, name: str) -> str:
         taken = {group.get("name") for group in self.param_groups}
@@ -245,44 +240,32 @@ class _ParameterHolder(Optimizer):
             number += 1
         return unused
 
-    def _is_linked(self) -> bool:
+    def _children_are_up_to_date(self) -> bool:
         """False once somebody assigned other groups or another state, as Lightning's BaseFinetuning does on resume."""
         groups, linked = self.param_groups, self._links.groups
         same_groups = len(groups) == len(linked) and not any(map(operator.is_not, groups, linked))
         return same_groups and all(child.state is self.state for child in self.optimizers.values())
 
-    def _link(self) -> None:
-        """Give the children this optimizer's state and groups; empty groups stay here."""
-        self._follow_rates()
+    def _update_children(self) -> None:
+        """Give each child its groups, as far as they have parameters, and the state of all."""
         links = self._links
+        self._rates.carry()
+        self._name_groups()
         for owner, child in self.optimizers.items():
-            owned = [group for group in self.param_groups if self._owner(group) == owner and group["params"]]
+            owned = [group for group in self.param_groups if self._routing.owner(group) == owner and group["params"]]
             child.__setstate__({"state": self.state, "param_groups": owned})
         self._routing.refresh(self.param_groups)
-        children = self.optimizers.values()
         links.groups = list(self.param_groups)
-        links.order = sorted(children, key=_turn)
-        links.modal = [child for child in children if foreign.has_modes(child)]
-        links.momenta = {id(group): group.get("momentum") for group in self.param_groups}
-        named = {group["name"]: group for group in self.param_groups}
-        links.followers = [(g, named[g[FOLLOWS_KEY]]) for g in self.param_groups if g.get(FOLLOWS_KEY) in named]
-        links.rates = {id(group): group.get("lr") for pair in links.followers for group in pair}
+        self._momentum.remember(self.param_groups)
+        self._rates.remember(self.param_groups)
         if links.mode is not None:  # new groups begin in the other one
-            for child in links.modal:
-                getattr(child, links.mode)()
+            self._switch(links.mode)
 
-    def _follow_rates(self) -> None:
-        """Carry a learning rate that was set on one of several groups that were added together to the others."""
-        seen = self._links.rates
-        for group, leader in self._links.followers:
-            if leader["lr"] != seen[id(leader)] and group["lr"] == seen[id(group)]:
-                group["lr"] = leader["lr"]
-        seen.update({id(group): group["lr"] for pair in self._links.followers for group in pair})
-
-
-def _turn(child: Optimizer) -> tuple[bool, bool]:
-    """Sorts the children into the order in which they step."""
-    return not foreign.differentiates_gradients(child), not isinstance(child, MatrixOptimizer)
+    def _switch(self, mode: str) -> None:
+        """Call ``train`` or ``eval`` of the children that have these modes."""
+        for child in self.optimizers.values():
+            if foreign.has_modes(child):
+                getattr(child, mode)()
 
 
 def _renamed(entry: ParameterAssignment, new: ParameterAssignment) -> ParameterAssignment:

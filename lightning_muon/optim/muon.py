@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import LRScale, NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
-class Muon(MatrixOptimizer):
+class Muon(OrthogonalizingOptimizer):
     r"""Muon: the polar factor of the momentum, so that every direction of a matrix moves at the same rate.
 
     .. math::
@@ -85,9 +86,6 @@ class Muon(MatrixOptimizer):
         super().__init__(
             params, defaults, lr_scale=lr_scale, cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
         )
-
-    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(stack)}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         return self.orthogonalize(self.momentum(grad, state, group), group)

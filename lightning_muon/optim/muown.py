@@ -11,13 +11,14 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import bias_correction, check_betas, check_positive
 from lightning_muon.optim.matrix import LRScale, NonFinite, shape_scale
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 
 _SHORTEST = 1e-12
 """Length that a row is taken to have at least, so that rows of zeros have a direction to grow in."""
 
 
-class Muown(WeightAwareOptimizer):
+class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
     r"""Muown: weights as magnitude times direction, row by row, with Adam for the magnitudes and Muon for the rest.
 
     Row :math:`i` of the weights is :math:`W_i = g_i u_i` with :math:`u_i = v_i / \|v_i\|`, a magnitude for each output
@@ -126,7 +127,7 @@ class Muown(WeightAwareOptimizer):
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         lengths = _row_lengths(stack.to(torch.promote_types(stack.dtype, torch.float32)))
         return {
-            "momentum_buffer": torch.zeros_like(stack),
+            **super().init_state(stack, group),
             "magnitude": lengths,
             "direction_norm": lengths.clone(),
             "magnitude_exp_avg": torch.zeros_like(lengths),

@@ -10,10 +10,11 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import bias_correction, check_fraction, check_positive
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite, shape_scale
+from lightning_muon.optim.matrix import LRScale, NonFinite, shape_scale
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
-class _NoiseAdaptiveMuon(MatrixOptimizer):
+class _NoiseAdaptiveMuon(OrthogonalizingOptimizer):
     """What the two rules share: all but which entries of a matrix have a step size in common."""
 
     _summed: ClassVar[tuple[int, ...]]
@@ -27,7 +28,7 @@ class _NoiseAdaptiveMuon(MatrixOptimizer):
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         numbers = stack.new_zeros(stack.shape[0], dtype=torch.promote_types(stack.dtype, torch.float32))
         return {
-            "momentum_buffer": torch.zeros_like(stack),
+            **super().init_state(stack, group),
             "second_moment": numbers,
             "adaptation": numbers.clone(),
             "step": numbers.clone(),

@@ -12,10 +12,11 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.linalg.scale import normalized
 from lightning_muon.optim.arguments import check_choice, check_fraction, check_positive
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import LRScale, NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
-class NorMuon(MatrixOptimizer):
+class NorMuon(OrthogonalizingOptimizer):
     r"""NorMuon: each row of the orthogonalized momentum divided by the running size of that row.
 
     .. math::
@@ -114,10 +115,8 @@ class NorMuon(MatrixOptimizer):
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         lines = stack.shape[_axis(stack, group["axis"])]
         dtype = torch.promote_types(stack.dtype, torch.float32)
-        return {
-            "momentum_buffer": torch.zeros_like(stack),
-            "second_moment": stack.new_zeros(stack.shape[0], lines, dtype=dtype),
-        }
+        second_moment = stack.new_zeros(stack.shape[0], lines, dtype=dtype)
+        return {**super().init_state(stack, group), "second_moment": second_moment}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         factors = self.orthogonalize(self.momentum(grad, state, group), group)

@@ -10,12 +10,13 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import check_choice
-from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 PolarOrder: TypeAlias = Literal["momentum_first", "polar_first"]
 
 
-class PolarGrad(MatrixOptimizer):
+class PolarGrad(OrthogonalizingOptimizer):
     r"""PolarGrad: Muon whose step is as long as the gradient is large, so that it vanishes at a minimum.
 
     With ``order="momentum_first"``
@@ -96,9 +97,6 @@ class PolarGrad(MatrixOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_choice(group, "order", get_args(PolarOrder))
-
-    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(stack)}
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         if group["order"] == "momentum_first":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch.optim.optimizer import ParamsT
 from lightning_muon.linalg.balance import BalanceOrder, balance, check_balance
 from lightning_muon.linalg.scale import normalized
 from lightning_muon.optim.arguments import check_positive
-from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import NonFinite
+from lightning_muon.optim.momentum import MomentumOptimizer
 
 
-class REG(MatrixOptimizer):
+class REG(MomentumOptimizer):
     r"""REG, reconstructed: rows and columns of the momentum divided by their norms, at AdamW's update size.
 
     .. math::
@@ -90,6 +93,7 @@ class REG(MatrixOptimizer):
             "sweeps": sweeps,
             "rms": rms,
         }
+        _warn_of_reconstruction()
         super().__init__(
             params, defaults, lr_scale="none", cautious=cautious, state_dtype=state_dtype, nonfinite=nonfinite
         )
@@ -99,12 +103,18 @@ class REG(MatrixOptimizer):
         check_balance(group["p"], group["exponent"], group["order"], group["sweeps"])
         check_positive(group, "rms")
 
-    def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(stack)}
-
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         momentum = self.momentum(grad, state, group)
         momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
         scaled = balance(momentum, group["p"], group["exponent"], group["order"], group["sweeps"], overwrite=True)
         norm = group["rms"] * math.sqrt(scaled.shape[-2] * scaled.shape[-1])
         return normalized(scaled, 1.0, scaled.dtype, overwrite=True).mul_(norm)
+
+
+@cache
+def _warn_of_reconstruction() -> None:
+    warnings.warn(
+        "REG is a reconstruction of arXiv 2510.03691: its authors published no code, and their text leaves exponent, "
+        "order, sweeps, momentum and the size of the update open. These are arguments, and their defaults are ours.",
+        stacklevel=3,
+    )

@@ -14,6 +14,7 @@ from lightning_muon.linalg.newton_schulz import exact_products
 from lightning_muon.linalg.scale import normalized
 from lightning_muon.optim.arguments import check_choice, check_integer, check_non_negative, check_positive
 from lightning_muon.optim.matrix import NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 
 _FIRST_POWER_ITERATIONS = 200
@@ -23,7 +24,7 @@ _FIRST_STRIDE = 1e-3
 """At least how far the search for the multiplier looks from where it was."""
 
 
-class SpectralSphere(WeightAwareOptimizer):
+class SpectralSphere(WeightAwareOptimizer, OrthogonalizingOptimizer):
     r"""Spectral Sphere Optimizer: steepest descent among the weights whose largest singular value is R.
 
     .. math::
@@ -138,9 +139,9 @@ class SpectralSphere(WeightAwareOptimizer):
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         weights = stack.to(torch.promote_types(stack.dtype, torch.float32))
-        _, right, _ = _power_iteration(weights, _first_right(weights), _FIRST_POWER_ITERATIONS)
+        _, right, _ = _leading_vectors(weights, _first_right(weights), _FIRST_POWER_ITERATIONS)
         return {
-            "momentum_buffer": torch.zeros_like(stack),
+            **super().init_state(stack, group),
             "right": right,
             "multiplier": weights.new_zeros(stack.shape[0]),
         }
@@ -151,7 +152,7 @@ class SpectralSphere(WeightAwareOptimizer):
     ) -> tuple[Tensor, Tensor]:
         weights = read_weights()
         lr, radius = group["lr"], group["radius"] * math.sqrt(weights.shape[1] / weights.shape[2])
-        left, right, sigma = _power_iteration(weights, state["right"].to(weights.dtype), group["power_iterations"])
+        left, right, sigma = _leading_vectors(weights, state["right"].to(weights.dtype), group["power_iterations"])
         dtype = weights.dtype
         del weights
         unit = normalized(self.momentum(grad, state, group), 1.0, dtype, overwrite=True)
@@ -164,7 +165,7 @@ class SpectralSphere(WeightAwareOptimizer):
         weights = read_weights()
         if group["weight_decay"] != 0 and group["cautious"]:  # the retraction undoes any other decay
             weights = self.decay_(weights, step, lr * group["weight_decay"], group)
-            _, right, sigma = _power_iteration(weights, right, group["power_iterations"])
+            _, right, sigma = _leading_vectors(weights, right, group["power_iterations"])
         state["right"].copy_(right)
         moving = (sigma > 0) & (torch.as_tensor(lr, device=sigma.device) > 0)
         return weights.mul_(torch.where(moving, radius / sigma, 1.0)[:, None, None]), step
@@ -261,10 +262,12 @@ def _first_right(weights: Tensor) -> Tensor:
     return _unit(torch.where(start.isfinite(), start, mixed))
 
 
-def _power_iteration(weights: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _leading_vectors(weights: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest singular value sigma (B,) of (B, m, n), with left (B, m) and right (B, n) singular vectors.
 
     ``right`` is where to start; it is kept for a zero matrix, whose left vector is zero, and for a non-finite one.
+    :func:`~lightning_muon.linalg.power_iteration` is for norms: it mixes a fixed vector into the start, keeps the best
+    of all iterates, and has one of the two vectors.
     """
     for _ in range(iterations):
         product = _times(weights.mT, _unit(_times(weights, right)))

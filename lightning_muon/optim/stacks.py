@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_muon.partition import MatrixLayout
+
+InitState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]
 
 MAX_STACK_ELEMENTS = 2**26
 """Matrices are stacked up to this many elements, which bounds temporary memory; a larger matrix is a stack of its
@@ -20,16 +22,18 @@ MAX_STACK_ELEMENTS_CPU = 2**19
 """The same on a CPU: longer stacks gain nothing there, and leave the caches."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class StackMember:
-    """The matrices ``start:stop`` of a stack: one view of one parameter.
+    """Some matrices of a stack (B, m, n): those of one view of one parameter.
 
     Args:
         parameter: the parameter.
-        name: its name, for errors and observers.
+        name: its name; unique in its optimizer.
         layout: how it is read as matrices.
         view: which of the layout's views this is.
         views: how many views the layout has; more than one where fused blocks differ in size.
+        count: number of matrices.
+        start: the first of them in the stack.
     """
 
     parameter: Tensor
@@ -37,13 +41,18 @@ class StackMember:
     layout: MatrixLayout
     view: int
     views: int
+    count: int
     start: int = 0
-    stop: int = 0
     plain: bool = field(init=False)
-    bound: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """Whether the parameter is the matrix."""
 
     def __post_init__(self) -> None:
-        self.plain = self.layout == MatrixLayout() and self.parameter.ndim == 2
+        object.__setattr__(self, "plain", self.layout == MatrixLayout() and self.parameter.ndim == 2)
+
+    @property
+    def slice(self) -> slice:
+        """Where the matrices are in the stack: ``stack[member.slice]`` is (count, m, n)."""
+        return slice(self.start, self.start + self.count)
 
     def matrices(self, tensor: Tensor) -> Tensor:
         """(b, m, n) of a parameter-shaped tensor; a view where strides allow."""
@@ -62,7 +71,7 @@ class StackMember:
 
     def state_view(self, tensor: Tensor, elementwise: bool) -> Tensor:
         """The part of a stack's state that is this parameter's, in the parameter's shape if that can be a view."""
-        part = tensor[self.start : self.stop]
+        part = tensor[self.slice]
         if not elementwise:
             return part
         if self.plain:
@@ -84,17 +93,14 @@ class MatrixStack:
     """
 
     def __init__(self, members: Sequence[StackMember], shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.members = list(members)
+        self.members = consecutive(members)
         self.shape = shape
         self.dtype = dtype
         self.state: dict[str, Tensor] = {}
-        self._initialized = False
         self.plain = all(member.plain for member in self.members)
-        self.size = 0
-        for member in self.members:
-            count = member.layout.matrix_shapes(member.parameter.shape)[member.view][0]
-            member.start, member.stop = self.size, self.size + count
-            self.size += count
+        self.size = sum(member.count for member in self.members)
+        self._initialized = False
+        self._bound: list[dict[str, Tensor]] = [{} for _ in self.members]
 
     def gather(
         self, members: Sequence[StackMember], tensors: Sequence[Tensor], dtype: torch.dtype | None = None
@@ -113,32 +119,33 @@ class MatrixStack:
     def bind(
         self,
         optimizer_state: MutableMapping[Tensor, dict[str, Any]],
-        init_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]],
+        init_state: InitState,
         group: dict[str, Any],
     ) -> None:
-        """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds."""
+        """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds.
+
+        What somebody put there, as by loading, is copied in; what somebody took out starts anew.
+        """
         if not self._initialized:
-            weights = self.gather(self.members, [member.parameter for member in self.members])
-            self.state = _checked_state(init_state(weights, group), self.size)
+            self.state = self._initial_state(self.members, init_state, group)
             self._initialized = True
-        for member in self.members:
-            saved = optimizer_state[member.parameter]
+        for member, bound in zip(self.members, self._bound, strict=True):
+            entries = optimizer_state[member.parameter]
             for key, tensor in self.state.items():
                 name = member.state_key(key)
-                current = saved.get(name)
-                if current is not None and current is member.bound.get(key):
+                current = entries.get(name)
+                if current is not None and current is bound.get(key):
                     continue
                 view = member.state_view(tensor, elementwise=tensor.shape == (self.size, *self.shape))
                 if current is not None:
                     _copy_saved(view, current, member.name, name)
-                elif key in member.bound:  # the state was cleared: start anew
-                    weights = self.gather([member], [member.parameter])
-                    tensor[member.start : member.stop] = init_state(weights, group)[key]
-                saved[name] = member.bound[key] = view
+                elif key in bound:
+                    tensor[member.slice] = self._initial_state([member], init_state, group)[key]
+                entries[name] = bound[key] = view
 
     def take(self, members: Sequence[StackMember]) -> tuple[dict[str, Tensor], Tensor]:
         """Copies of the state of some members, and their indices in the stack."""
-        index = torch.cat([torch.arange(member.start, member.stop) for member in members])
+        index = torch.cat([torch.arange(member.start, member.start + member.count) for member in members])
         device_index = index.to(self.members[0].parameter.device)
         return {key: tensor[device_index.to(tensor.device)] for key, tensor in self.state.items()}, device_index
 
@@ -146,6 +153,12 @@ class MatrixStack:
         """Write back what :meth:`take` copied."""
         for key, tensor in state.items():
             self.state[key].index_copy_(0, index.to(tensor.device), tensor)
+
+    def _initial_state(
+        self, members: Sequence[StackMember], init_state: InitState, group: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        weights = self.gather(members, [member.parameter for member in members])
+        return _checked_state(init_state(weights, group), len(weights))
 
 
 def build_stacks(
@@ -167,14 +180,20 @@ def build_stacks(
         if parameter.numel() == 0:
             continue
         shapes = layout.matrix_shapes(parameter.shape)
-        for view, (_, m, n) in enumerate(shapes):
-            member = StackMember(parameter, name, layout, view, len(shapes))
+        for view, (count, m, n) in enumerate(shapes):
+            member = StackMember(parameter, name, layout, view, len(shapes), count)
             members.setdefault((m, n, parameter.dtype, parameter.device), []).append(member)
     stacks: list[MatrixStack] = []
     for (m, n, dtype, _), same in members.items():
         stack_dtype = torch.float64 if dtype == torch.float64 else (state_dtype or dtype)
         stacks.extend(MatrixStack(chunk, (m, n), stack_dtype) for chunk in _chunks(same))
     return stacks
+
+
+def consecutive(members: Sequence[StackMember]) -> list[StackMember]:
+    """The same members, one behind the other in a stack of their own."""
+    starts = accumulate((member.count for member in members), initial=0)
+    return [replace(member, start=start) for member, start in zip(members, starts, strict=False)]
 
 
 def _chunks(members: list[StackMember]) -> list[list[StackMember]]:

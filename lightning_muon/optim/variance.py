@@ -10,10 +10,11 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg import OrthogonalizationMethod
 from lightning_muon.optim.arguments import bias_correction, check_non_negative, check_positive, dtype_for_squares
-from lightning_muon.optim.matrix import LRScale, MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import LRScale, NonFinite
+from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
-class _VarianceAdaptiveMuon(MatrixOptimizer):
+class _VarianceAdaptiveMuon(OrthogonalizingOptimizer):
     """What the two rules share: all but the denominator."""
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -23,7 +24,7 @@ class _VarianceAdaptiveMuon(MatrixOptimizer):
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         step_dtype = torch.promote_types(stack.dtype, torch.float32)
         return {
-            "momentum_buffer": torch.zeros_like(stack),
+            **super().init_state(stack, group),
             "variance": torch.zeros_like(stack, dtype=dtype_for_squares(stack.dtype)),
             "step": stack.new_zeros(stack.shape[0], dtype=step_dtype),
         }

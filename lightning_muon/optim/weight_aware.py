@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_muon.optim.apply import split_like
 from lightning_muon.optim.matrix import MatrixOptimizer
-from lightning_muon.optim.stacks import MatrixStack, StackMember
+from lightning_muon.optim.observing import StackUpdate
+from lightning_muon.optim.stacks import MatrixStack, StackMember, consecutive
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class WeightAwareOptimizer(MatrixOptimizer):
     :math:`\bar W` that the step starts from, decayed or rescaled, and the step :math:`\Delta`, learning rate included:
 
     .. math:: W \leftarrow \bar W - \Delta.
+
+    The learning rate is the rule's to apply, because the new weights need not be linear in it: a step along a sphere,
+    or of the lengths and the directions of rows, is not.
 
     Weights are read in float32 at least; parameters of less precision are rounded once, at the end.
     Arguments and errors are those of :class:`MatrixOptimizer`.
@@ -80,21 +84,15 @@ class WeightAwareOptimizer(MatrixOptimizer):
         raise TypeError(f"{type(self).__name__} has no direction of the gradient alone: it has next_weights.")
 
     def _move(
-        self,
-        stack: MatrixStack,
-        members: list[StackMember],
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-        updates: dict[Tensor, dict[int, Tensor]],
+        self, stack: MatrixStack, members: list[StackMember], state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         read_weights = WeightReader(stack, members)
         base, step = self.next_weights(read_weights, stack.gather_grads(members), state, group)
         for answer in (base, step):
             self._check_answer("next_weights", answer, members, stack)
         targets = [member.target(member.parameter) for member in members]
+        if self._observers:
+            lr = float(group["lr"])
+            self._tell(StackUpdate(consecutive(members), step.to(targets[0].dtype), 1 / lr if lr > 0 else 0.0))
         for target, new in zip(targets, split_like(base.sub_(step), members, targets), strict=True):
             target.copy_(new)
-        if self._observers:
-            lr = torch.as_tensor(group["lr"], dtype=step.dtype, device=step.device)
-            update = torch.where(lr > 0, step / lr, torch.zeros_like(step)).to(targets[0].dtype)
-            self._observe(members, split_like(update, members, targets), updates)

@@ -31,7 +31,15 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import lightning_muon
-from lightning_muon import HybridOptimizer, MatrixOptimizer, Muon, WeightAwareOptimizer
+from lightning_muon import (
+    HybridOptimizer,
+    MatrixOptimizer,
+    MomentumOptimizer,
+    Muon,
+    OrthogonalizingOptimizer,
+    WeightAwareOptimizer,
+)
+from lightning_muon.experimental import SpecMuon
 
 
 class Case(NamedTuple):
@@ -123,11 +131,12 @@ def run_case(
 
 def rules() -> dict[str, Contender]:
     """Every rule that the package exports, on the matrices alone, and MuonSphere."""
-    exported = [value for value in vars(lightning_muon).values() if inspect.isclass(value)]
+    exported = [*vars(lightning_muon).values(), SpecMuon]
+    bases = (MatrixOptimizer, MomentumOptimizer, OrthogonalizingOptimizer, WeightAwareOptimizer)
     found = {
         rule.__name__: rule
         for rule in exported
-        if issubclass(rule, MatrixOptimizer) and rule not in (MatrixOptimizer, WeightAwareOptimizer)
+        if inspect.isclass(rule) and issubclass(rule, MatrixOptimizer) and rule not in bases
     }
     found["MuonSphere"] = partial(lightning_muon.SpectralSphere, lambda_search=False)
     return {label: lambda matrices, rest, rule=rule: rule(matrices) for label, rule in found.items()}

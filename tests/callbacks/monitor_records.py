@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_muon.callbacks import EffectiveRankMonitor, SpectralNormMonitor, UpdateOrthogonalityMonitor
 from tests.callbacks.monitor_subjects import PAIR_MATRICES, ZOO_MATRICES, matrices
 from tests.lightning_helpers import Items, trainer
+from tests.optim.observed import by_name
 
 
 def _participation_ratio(s: np.ndarray) -> float:
@@ -127,7 +128,7 @@ class Recorder(pl.Callback):
             optimizer.register_step_pre_hook(self._before)
             optimizer.register_step_post_hook(self._after)
             if hasattr(optimizer, "observe_updates"):
-                optimizer.observe_updates(self._observe)
+                optimizer.observe_updates(by_name(self._observe))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self.step in self.updates:
@@ -156,7 +157,7 @@ class Recorder(pl.Callback):
         self.gradients.setdefault(self.step, {}).update(gradients)
 
     def _observe(self, name: str, update: Tensor) -> None:
-        self.observed.setdefault(self.step, {})[name.replace("_orig_mod.", "")] = update.clone()
+        self.observed.setdefault(self.step, {})[name.replace("_orig_mod.", "")] = update
 
 
 def watch(monitor: type[pl.Callback], **settings: Any) -> pl.Callback:

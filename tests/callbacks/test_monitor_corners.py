@@ -221,7 +221,7 @@ def test_decay_is_taken_out_as_the_optimizer_says(name: str, options: dict[str, 
     optimizer.step()
     capture.close()
     assert not capture.unknown
-    torch.testing.assert_close(capture.updates[weight], 0.1 * weight.grad)
+    torch.testing.assert_close(capture.differences[weight], 0.1 * weight.grad)
 
 
 @pytest.mark.parametrize("optimizer", ["Prodigy", "AdamWScheduleFree"])

@@ -1,5 +1,6 @@
 """A wrong command line ends in at most eight lines that hold the cause and near names."""
 
+import subprocess
 import sys
 
 import pytest
@@ -110,6 +111,7 @@ def test_options_classes_and_values(classes, args, expected, capsys):
 SETTINGS = [
     (["matrix_optimizer=Moun"], "matrix_optimizer: No optimizer 'Moun'. Did you mean Muon?"),
     (["matrix_optimizer=lightning_muon.Moun"], "No optimizer 'Moun' in lightning_muon. Did you mean lightning_muon.Mu"),
+    (["matrix_optimizer=lightning_muon.SpecMuon"], "it is lightning_muon.experimental.SpecMuon."),
     (["matrix_optimizer=torch.optim.AdamWW"], "No optimizer 'AdamWW' in torch.optim. Did you mean torch.optim.AdamW?"),
     (["schedule=lightning_muon.schedules.Cosin"], "Did you mean lightning_muon.schedules.Cosine?"),
     (["other_optimizer=AdmW"], "other_optimizer: No optimizer 'AdmW'. Did you mean AdamW?"),
@@ -134,6 +136,13 @@ def test_our_settings(way, options, expected, capsys):
     prefix = "--" if way == "top level" else "--model."
     paths = PATHS if classes is BY_PATH else ()
     assert expected in refusal(capsys, classes, "fit", *paths, *(f"{prefix}{option}" for option in options))
+
+
+def test_an_experimental_rule_is_given_by_its_path():
+    """In a process of its own: once a class is imported, its name is enough."""
+    command = [sys.executable, "-m", "lightning_muon", "fit", *PATHS, "--model.matrix_optimizer=SpecMuon"]
+    printed = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "No optimizer 'SpecMuon'. Did you mean lightning_muon.experimental.SpecMuon?" in printed
 
 
 KEYS = [

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from lightning_muon.optim import Conda, HybridOptimizer, MatrixOptimizer, Muon, Muown, NorMuon, SpecMuon
+from lightning_muon.experimental import SpecMuon
+from lightning_muon.optim import Conda, HybridOptimizer, MatrixOptimizer, Muon, Muown, NorMuon
 from tests.distributed import processes
 
 pytestmark = pytest.mark.distributed

@@ -13,7 +13,13 @@ import yaml
 
 import lightning_muon
 from examples.recsys.semantic_ids.codes import SemanticIds
-from lightning_muon import MatrixOptimizer, WeightAwareOptimizer
+from lightning_muon import (
+    MatrixOptimizer,
+    MomentumOptimizer,
+    OrthogonalizingOptimizer,
+    WeightAwareOptimizer,
+    experimental,
+)
 from tests.examples.configs import CONFIGS, files, on_synthetic
 from tests.lightning_helpers import fit
 
@@ -113,13 +119,14 @@ def test_a_piece_for_the_optimizer_combines_with_a_model_and_trains(recommender_
 
 def test_every_rule_has_a_piece():
     texts = "".join(piece.read_text() for piece in PIECES)
-    rules = [name for name in lightning_muon.__all__ if _is_rule(getattr(lightning_muon, name))]
-    assert len(rules) >= 17
-    assert [name for name in rules if f"lightning_muon.{name}," not in texts] == []
+    paths = [f"lightning_muon.{name}" for name in lightning_muon.__all__ if _is_rule(getattr(lightning_muon, name))]
+    paths += [f"lightning_muon.experimental.{name}" for name in experimental.__all__]
+    assert len(paths) >= 17
+    assert [path for path in paths if f"{path}," not in texts] == []
 
 
 def _is_rule(value):
-    bases = (MatrixOptimizer, WeightAwareOptimizer)
+    bases = (MatrixOptimizer, MomentumOptimizer, OrthogonalizingOptimizer, WeightAwareOptimizer)
     return isinstance(value, type) and issubclass(value, MatrixOptimizer) and value not in bases
 
 

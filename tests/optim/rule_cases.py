@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_muon import optim
+from lightning_muon import experimental, optim
 from lightning_muon.optim import MatrixOptimizer
 from lightning_muon.partition import MatrixLayout
+from tests.optim.observed import by_name
 from tests.optim.reference import Layout, matrix_indices
 from tests.optim.references import REFERENCES
 from tests.optim.references.common import LRS, Case
@@ -46,10 +47,19 @@ class Run:
     state: dict[str, Any]
 
 
+BASES = {"MatrixOptimizer", "MomentumOptimizer", "OrthogonalizingOptimizer", "WeightAwareOptimizer"}
+
+RULES: dict[str, type[MatrixOptimizer]] = {
+    name: kind
+    for name, kind in {**vars(optim), **vars(experimental)}.items()
+    if isinstance(kind, type) and issubclass(kind, MatrixOptimizer) and name not in BASES
+}
+"""All rules that the package exports, by name."""
+
+
 def rule_class(name: str) -> type[MatrixOptimizer]:
     """The package's class of this name."""
-    found: type[MatrixOptimizer] = getattr(optim, name)
-    return found
+    return RULES[name]
 
 
 def all_cases() -> list[Any]:
@@ -189,7 +199,7 @@ def updates(
     param = nn.Parameter(torch.zeros(grads[0].shape, dtype=dtype))
     optimizer = rule([param], lr=1.0, weight_decay=0.0, **options)
     seen: list[Tensor] = []
-    optimizer.observe_updates(lambda name, update: seen.append(update.clone()))
+    optimizer.observe_updates(by_name(lambda name, update: seen.append(update)))
     for grad in grads:
         param.grad = grad.to(dtype)
         optimizer.step()

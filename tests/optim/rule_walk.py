@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muon.optim.matrix import MatrixOptimizer
+from tests.optim.observed import by_name
 
 
 @dataclass
@@ -54,7 +55,7 @@ def walk(
         options = {"orthogonalize_dtype": weight.dtype, **options}
     param = nn.Parameter(weight.clone())
     run = Walk(rule([param], **options), param, [weight.clone()])
-    run.optimizer.observe_updates(lambda name, update: run.updates.append(update.clone()))
+    run.optimizer.observe_updates(by_name(lambda name, update: run.updates.append(update)))
     for index, grad in enumerate(grads):
         run.step(grad, losses[index] if losses else None)
     return run

@@ -1,4 +1,4 @@
-"""The torch.optim contract, part 4: closures, accumulation, GradScaler, memory, observers."""
+"""The torch.optim contract, part 4: closures, accumulation, GradScaler, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_muon.optim import HybridOptimizer, Muon
-from lightning_muon.partition import MatrixLayout
 from tests.live_memory import LiveMemory
 from tests.optim.subjects import (
     EPS,
@@ -171,56 +170,6 @@ def test_peak_memory_of_many_matrices_is_capped(monkeypatch: pytest.MonkeyPatch)
     with LiveMemory() as live:
         optimizer.step()
     assert live.largest <= 4 * 32 * 32 * 4  # bytes of float32
-
-
-def test_observers_see_the_update() -> None:
-    """What observe_updates hands over is what the step subtracts, over the learning rate."""
-    conv, fused, plain = (
-        nn.Parameter(torch.randn(6, 2, 3, 3)),
-        nn.Parameter(torch.randn(12, 5)),
-        nn.Parameter(torch.randn(9, 4)),
-    )
-    layouts = [MatrixLayout(), MatrixLayout(split=(6, 4, 2)), MatrixLayout()]
-    named = [("conv", conv), ("fused", fused), ("plain", plain)]
-    optimizer = Muon([{"params": named, "layouts": layouts}], lr=0.1, weight_decay=0.0, orthogonalize_dtype="float32")
-    seen: dict[str, Tensor] = {}
-    handle = optimizer.observe_updates(seen.__setitem__)
-    before = {name: param.detach().clone() for name, param in named}
-    for _, param in named:
-        param.grad = torch.randn(param.shape)
-    optimizer.step()
-    assert set(seen) == {"conv", "fused", "plain"}
-    for name, param in named:
-        assert seen[name].shape == param.shape
-        close(before[name] - param.detach(), 0.1 * seen[name])
-    kept = {name: update.clone() for name, update in seen.items()}
-    plain.grad = None
-    handle.remove()
-    optimizer.step()
-    for name, update in kept.items():
-        assert torch.equal(seen[name], update)
-
-
-def test_observers_see_only_what_moves() -> None:
-    bag, optimizer = HYBRID.pair()
-    seen: list[str] = []
-    handle = optimizer.observe_updates(lambda name, update: seen.append(name))
-    set_grads(bag, 0)
-    bag.w1.grad = None
-    optimizer.step()
-    assert sorted(seen) == ["w0", "w2", "w3"]
-    handle.remove()
-    optimizer.step()
-    assert len(seen) == 3
-
-
-def test_observing_changes_no_result() -> None:
-    bag, optimizer = MUON.pair(weight_decay=0.3)
-    twin, other = MUON.pair(weight_decay=0.3)
-    optimizer.observe_updates(lambda name, update: update.zero_())  # the update is the observer's to keep
-    advance(bag, optimizer, range(3))
-    advance(twin, other, range(3))
-    assert_same_bits(bag.values(), twin.values())
 
 
 def test_same_result_beside_another_optimizer() -> None:

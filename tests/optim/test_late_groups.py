@@ -230,7 +230,7 @@ def test_new_layers_that_no_child_takes_are_named_and_change_nothing() -> None:
 def test_observers_hear_of_parameters_that_join() -> None:
     net, optimizer = without_body()
     seen: list[str] = []
-    handle = optimizer.observe_updates(lambda name, update: seen.append(name))
+    handle = optimizer.observe_updates(lambda update: seen.extend(member.name for member in update.members))
     net.body.requires_grad_(True)
     train(net, optimizer, 1)
     assert "body.0.weight" in seen

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-import lightning_muon.optim
-from lightning_muon.optim import HybridOptimizer, MatrixOptimizer
+from lightning_muon.optim import HybridOptimizer
 from tests.optim.nets import Net
+from tests.optim.rule_cases import RULES
 
-RULES = {
-    name: rule
-    for name, rule in vars(lightning_muon.optim).items()
-    if isinstance(rule, type) and issubclass(rule, MatrixOptimizer) and not name.endswith("MatrixOptimizer")
-}
 CALLS: dict[str, Callable[[type[Any], nn.Module], Any]] = {
     "neuralforecast": lambda optimizer, module: optimizer(params=module.parameters(), lr=1e-3),
     "darts": lambda optimizer, module: optimizer(module.parameters(), lr=1e-3),
@@ -26,7 +21,7 @@ CALLS: dict[str, Callable[[type[Any], nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", ["HybridOptimizer", *sorted(set(RULES) - {"WeightAwareOptimizer"})])
+@pytest.mark.parametrize("name", ["HybridOptimizer", *sorted(RULES)])
 def test_the_error_names_the_cause_and_the_way(name: str, call: str) -> None:
     optimizer = HybridOptimizer if name == "HybridOptimizer" else RULES[name]
     with pytest.raises((TypeError, ValueError)) as error:

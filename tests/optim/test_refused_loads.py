@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-import lightning_muon.optim
-from lightning_muon.optim import HybridOptimizer, MatrixOptimizer, Muon, NorMuon, PolarGrad
+from lightning_muon.optim import HybridOptimizer, Muon, NorMuon, PolarGrad
 from lightning_muon.partition import ParameterRule
 from tests.optim.nets import Net, assert_linked, build, names_of, train
+from tests.optim.rule_cases import RULES
 from tests.optim.subjects import Bag, advance, assert_same_bits, reload, set_grads, snapshot
 
 
@@ -264,14 +264,7 @@ def test_a_class_of_the_same_name_with_other_options_is_another() -> None:
         other.load_state_dict(reload(optimizer.state_dict()))
 
 
-RULES = {
-    name: rule
-    for name, rule in vars(lightning_muon.optim).items()
-    if isinstance(rule, type) and issubclass(rule, MatrixOptimizer)
-}
-
-
-@pytest.mark.parametrize("name", sorted(set(RULES) - {"MatrixOptimizer", "WeightAwareOptimizer"}))
+@pytest.mark.parametrize("name", sorted(RULES))
 def test_no_rule_loads_the_state_of_another(name: str) -> None:
     loading = NorMuon if name == "Muon" else Muon
     bag, twin = Bag(), Bag()

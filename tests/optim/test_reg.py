@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -163,3 +165,18 @@ def test_a_zero_gradient_moves_nothing(variant: dict[str, Any]) -> None:
 def test_names_a_bad_value(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{key}.*{value}"):
         REG([nn.Parameter(torch.randn(3, 4))], **{key: value})
+
+
+def test_it_says_once_that_it_is_a_reconstruction() -> None:
+    code = (
+        "import warnings, torch\n"
+        "from lightning_muon import REG\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(3):\n"
+        "        REG([torch.nn.Parameter(torch.ones(2, 2))])\n"
+        "print(*(warning.message for warning in caught), sep='|')\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "reconstruction of arXiv 2510.03691" in printed
+    assert "|" not in printed

@@ -21,6 +21,7 @@ from lightning_muon import HybridOptimizer, ParameterRule
 from lightning_muon.optim.matrix import MatrixOptimizer, shape_scale
 from lightning_muon.partition import MatrixLayout
 from tests.live_memory import LiveMemory
+from tests.optim.observed import by_name
 from tests.optim.rule_cases import rule_class
 from tests.optim.subjects import VECTOR_SHAPES, Bag, assert_same_bits, set_grads, snapshot
 
@@ -526,7 +527,7 @@ def test_observers_see_what_moved(rule: Rule, cautious: bool) -> None:
     bag = Bag()
     optimizer = rule.make(bag.named("w"), lr=lr, weight_decay=decay, cautious=cautious)
     seen: dict[str, Tensor] = {}
-    optimizer.observe_updates(seen.__setitem__)
+    optimizer.observe_updates(by_name(seen.__setitem__))
     for seed in range(3):
         before = bag.values()
         advance(bag, optimizer, [seed])
@@ -551,7 +552,7 @@ def test_observers_see_what_moved_beside_a_rescaling(rule: Rule) -> None:
     bag = Bag()
     optimizer = rule.make(bag.named("w"), lr=lr)
     seen: dict[str, Tensor] = {}
-    optimizer.observe_updates(seen.__setitem__)
+    optimizer.observe_updates(by_name(seen.__setitem__))
     for seed in range(3):
         before = bag.values()
         advance(bag, optimizer, [seed])

@@ -11,8 +11,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+import lightning_muon
 from lightning_muon import HybridOptimizer
-from lightning_muon.optim import SpecMuon
+from lightning_muon.experimental import SpecMuon
 from tests.lightning_helpers import Net, fit
 from tests.optim.reference import polar
 from tests.optim.rule_cases import normal
@@ -264,3 +265,10 @@ def test_gradients_of_low_rank() -> None:
     (update,) = walk(SpecMuon, weight.float(), [left @ right.T], losses=[1.0], lr=1e-6).updates
     wanted = polar(left @ right.T)
     assert relative(update, wanted) < 1e-4
+
+
+def test_the_old_name_says_where_it_is() -> None:
+    with pytest.raises(AttributeError, match=r"lightning_muon\.experimental\.SpecMuon"):
+        _ = lightning_muon.SpecMuon
+    with pytest.raises(AttributeError, match="has no attribute 'SpeMuon'"):
+        _ = lightning_muon.SpeMuon

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_muon.linalg.scale import normalized
+from lightning_muon.optim import MomentumOptimizer
 from lightning_muon.optim.arguments import check_fraction, check_integer, check_positive
-from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
+from lightning_muon.optim.matrix import NonFinite
 
 
-class SpecMuon(MatrixOptimizer):
+class SpecMuon(MomentumOptimizer):
     r"""SpecMuon: Muon on the k leading singular directions, each weighted by a scalar over the root of the loss.
 
     **Experimental**: the paper comes without code, and the equations below are from a third party's transcription of
@@ -74,6 +76,9 @@ class SpecMuon(MatrixOptimizer):
         RuntimeError: at a step without a loss, and with more than one process.
     """
 
+    _loss: Any = None
+    """What the closure of the step under way returned; None without a closure, and between steps."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -109,10 +114,36 @@ class SpecMuon(MatrixOptimizer):
         dtype = torch.promote_types(stack.dtype, torch.float32)
         modes = min(group["modes"], stack.shape[1], stack.shape[2])
         return {
-            "momentum_buffer": torch.zeros_like(stack),
+            **super().init_state(stack, group),
             "energies": stack.new_zeros(stack.shape[0], modes, dtype=dtype),
             "step": stack.new_zeros(stack.shape[0], dtype=dtype),
         }
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one step by the loss that the closure returns.
+
+        Raises:
+            RuntimeError: without a closure, and with more than one process.
+            ValueError: for a loss that is negative or not finite.
+        """
+        if closure is None:
+            return super().step()
+
+        def remembered() -> float:
+            self._loss = closure()
+            return cast(float, self._loss)
+
+        try:
+            return super().step(remembered)
+        finally:
+            self._loss = None
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         root = math.sqrt(self._checked_loss())
@@ -137,12 +168,12 @@ class SpecMuon(MatrixOptimizer):
                 "of its own batch, and their weights would drift apart. Train on one device, or use another rule, such "
                 "as Muon."
             )
-        if self.loss is None:
+        if self._loss is None:
             raise RuntimeError(
                 "SpecMuon needs the loss at every step: call step(closure) with a closure that returns it. Lightning's "
                 "automatic optimization does, except with precision='16-mixed'."
             )
-        self.loss = loss = float(self.loss)  # for the other stacks too: on a GPU each reading waits for the device
+        self._loss = loss = float(self._loss)  # for the other stacks too: on a GPU each reading waits for the device
         if not 0.0 <= loss < math.inf:
             raise ValueError(
                 f"SpecMuon needs a finite loss of 0 or more, got {loss}: it takes the root. Add a constant to a loss "

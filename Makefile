@@ -1,5 +1,6 @@
 # make fit    train SASRec with Muon on synthetic sequences (installs everything into .venv first)
 # make test   lint, type-check, import contracts, tests
+# make docs   the documentation, into docs/_build; a warning is an error
 # make bench  optimizer step times, ours against torch.optim, interleaved; what the monitors cost; beam search of the generative recommenders
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Two spinning OpenMP threads on busy cores cost tenfold: one thread a process unless told otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: fit test lint unit bench clean
+.PHONY: fit test lint unit docs bench clean
 
 fit: $(VENV)/installed
 	$(BIN)/python -m examples.recsys fit -c configs/model/sasrec.yaml -c configs/data/synthetic.yaml -c configs/preset/sasrec_synthetic.yaml
@@ -25,6 +26,9 @@ lint: $(VENV)/installed
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.optimizer_step
 	$(BIN)/python -m tests.benchmarks.monitors
@@ -35,8 +39,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[examples,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[examples,dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache lightning_logs logs
+	rm -rf $(VENV) build dist docs/_build docs/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache lightning_logs logs

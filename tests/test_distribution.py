@@ -111,10 +111,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_the_installed_package_runs_without_the_checkout(installed: Path, tmp_path: Path) -> None:
-    """The first code of README, and the console script."""
-    (tmp_path / "snippet.py").write_text(
-        re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
-    )
+    """The first code of the quickstart, and the console script."""
+    quickstart = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    (tmp_path / "snippet.py").write_text(re.findall(r"```python\n(.*?)```", quickstart, flags=re.DOTALL)[0])
     script = installed / "bin" / "lightning-muon"
     # -S leaves out the .pth files of this environment, one of which leads to the checkout.
     places = [installed, *(place for place in sys.path if Path(place).name in ("site-packages", "dist-packages"))]

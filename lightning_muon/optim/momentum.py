@@ -14,8 +14,9 @@ from lightning_muon.optim.matrix import MatrixOptimizer
 class MomentumOptimizer(MatrixOptimizer):
     """Base of rules with a moving average of the gradients, ``momentum_buffer``: one element per weight.
 
-    A rule is a subclass with :meth:`direction`, in which it calls :meth:`momentum`, and with ``momentum`` among its
-    defaults; ``nesterov`` may be there too. Arguments and errors are those of :class:`MatrixOptimizer`.
+    A rule is a subclass with :meth:`~MatrixOptimizer.direction`, in which it calls :meth:`momentum`, and with
+    ``momentum`` among its defaults; ``nesterov`` may be there too.
+    Arguments and errors are those of :class:`MatrixOptimizer`.
     """
 
     def check_group(self, group: dict[str, Any]) -> None:

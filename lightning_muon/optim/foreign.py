@@ -143,7 +143,7 @@ def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: di
         Exception: if ``load_state_dict`` of the child raises.
     """
     shared = [parameter for group in groups for parameter in group["params"]]
-    shared += [value for state in state_dict["state"].values() for value in _tensors(state)]  # only read
+    shared += [value for state in state_dict["state"].values() for value in _tensors(state)]  # large, and only read
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     double = object.__new__(type(child))
     for key, value in vars(child).items():

@@ -155,8 +155,8 @@ class HybridOptimizer(_ParameterHolder):
         self._rates.carry()
         self._momentum.carry(group for group in self.param_groups if not self._has_momentum(group))
         # A child that differentiates the gradients steps first, because it needs the weights of the backward pass.
-        # Matrix optimizers are next: they check all gradients before they change a weight, so that no child has
-        # changed anything if they raise. Only they get a closure, which returns the loss that some rules need. Other
+        # Matrix optimizers are next: they check all gradients before they change a weight, so that they raise before
+        # other children have stepped. Only they get a closure, which returns the loss that some rules need. Other
         # optimizers might call a closure to evaluate the model again.
         for child in self._order:
             if not child.param_groups:  # all its parameters are frozen

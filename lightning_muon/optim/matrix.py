@@ -190,7 +190,7 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All errors are raised before any weight changes.
+        # Check everything before any weight changes.
         self._refresh_stacks()
         check_dense(self.param_groups)
         nonfinite = nonfinite_parameters(self.param_groups)

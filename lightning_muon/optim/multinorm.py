@@ -39,8 +39,8 @@ class SWAN(_StatelessOptimizer):
 
     Whitening runs on the smaller side (:func:`~lightning_muon.linalg.whiten`), in float32 or float64. With exact
     whitening :math:`O` would be the polar factor: Muon without momentum, of the standardized gradient. The root mean
-    square of D is :math:`\rho`. It is less if rows are constant (zeros, or a single column), because
-    such a row becomes zero.
+    square of D is :math:`\rho`. It is less if rows are constant (zeros, or a single column), because such a
+    row becomes zero.
 
     Source: arXiv 2412.13148. The authors have published no code; the constants are those of re-implementations. With
     their ``beta`` of 0.8 and 10 steps the iteration does not converge: small singular values grow fast, but then all of

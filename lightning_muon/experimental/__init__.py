@@ -1,4 +1,4 @@
-"""Rules that no evidence supports yet. They may change or go in any version."""
+"""Experimental rules without evidence that they help. They may change or be removed in any version."""
 
 from lightning_muon.experimental.specmuon import SpecMuon
 

@@ -1,4 +1,4 @@
-"""SpecMuon: the leading singular directions of the gradient, weighted by the loss (experimental)."""
+"""SpecMuon: Muon on the leading singular directions, weighted by the loss (experimental)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from lightning_muon.optim.matrix import NonFinite
 class SpecMuon(MomentumOptimizer):
     r"""SpecMuon: Muon on the k leading singular directions, each weighted by a scalar over the root of the loss.
 
-    **Experimental**: the paper comes without code, and the equations below are from a third party's transcription of
-    it. They are contradictory about the directions beyond the first k: the text calls their part orthogonalized, the
-    equation keeps their singular values. The equation is what is implemented. With L the loss of this step,
+    **Experimental**: the authors have published no code, and the equations below are from a third party's transcription
+    of the paper. Its text and equation contradict each other about the directions beyond the first k: the text calls
+    this part orthogonalized, the equation keeps the singular values. This class follows the equation. With L the loss
+    of this step,
 
     .. math::
         \hat G_t &= G_t / (\|G_t\|_F + \epsilon) = \sum_j s_j u_j v_j^\top, \qquad s_1 \ge s_2 \ge \dots \\
@@ -35,28 +36,31 @@ class SpecMuon(MomentumOptimizer):
         B_t &= \mu B_{t-1} + O_t, \qquad W_t = (1 - \eta\lambda)\, W_{t-1} - \eta\, B_t.
 
     As :math:`\eta \to 0` with a constant loss, :math:`r' = \sqrt L` and the leading part is that of Muon. The momentum
-    adds up as published, so that steady steps are :math:`1 / (1 - \mu)` times as long as those of ``Muon`` with
-    ``lr_scale="none"``; there is no shape scale. Directions whose singular value is rounding error are left out.
+    is a sum, as published, so that with constant gradients steps are :math:`1 / (1 - \mu)` times as long as those of
+    ``Muon`` with ``lr_scale="none"``. There is no shape scale. Directions whose singular value is rounding error are
+    left out.
 
-    **r does not follow the loss.** By these equations it starts at the first step's :math:`\sqrt L` and never rises; it
-    falls by a factor of :math:`1 / (1 + \eta / (2 \sqrt L))` a step at most. So as the loss falls, steps
-    grow with :math:`1 / \sqrt L`: at ``lr=1e-3``, a loss of 1, 1e-4 and 1e-8 in successive steps makes leading parts of
-    1, 95 and 1588 times Muon's. Fitting a sine by a small network, the most was 4 times Muon's at ``lr=1e-2``, 20
-    times at 1e-3 and 80 to 100 times at 1e-4. And where the loss stays, the leading part dies out: with a loss of 1 and
-    ``lr=1e-3``, 0.61 of Muon's is left after 2000 steps and 0.08 after 10000.
+    **r does not follow the loss.** In these equations it starts at :math:`\sqrt L` of the first step and never
+    increases. It decreases by a factor of :math:`1 / (1 + \eta / (2 \sqrt L))` per step at most. So as the loss
+    decreases, steps grow with :math:`1 / \sqrt L`: at ``lr=1e-3``, a loss of 1, 1e-4 and 1e-8 in successive steps gives
+    leading parts of 1, 95 and 1588 times Muon's. When a small network was fitted to a sine, the largest was 4 times
+    Muon's at ``lr=1e-2``, 20 times at 1e-3 and 80 to 100 times at 1e-4. With a constant loss the leading part vanishes:
+    with a loss of 1 and ``lr=1e-3``, 0.61 of Muon's is left after 2000 steps and 0.08 after 10000.
 
-    Source: Lu, Zhang & Lin, arXiv 2602.16167; neither hyper-parameters nor the tail could be verified.
+    Source: Lu, Zhang & Lin, arXiv 2602.16167. The hyper-parameters and the part beyond the first k could not be
+    verified.
 
-    The loss is what the closure of ``step(closure)`` returns, which must not be negative. Lightning's automatic
-    optimization passes a closure, except with ``precision="16-mixed"``; with gradient accumulation the loss is that of
-    the last micro-batch, divided by ``accumulate_grad_batches``. With several processes, as under DDP, each has a loss
-    of its own, by which their weights would drift apart: a step is refused.
+    The loss is the return value of the closure of ``step(closure)``; it must not be negative. Lightning's automatic
+    optimization passes a closure, except with ``precision="16-mixed"``. With gradient accumulation the loss is that of
+    the last micro-batch, divided by ``accumulate_grad_batches``. With several processes, as in DDP, a step raises an
+    error: each process has a loss of its own, so that their weights would diverge.
 
-    State: ``momentum_buffer``, one element per weight; ``energies`` :math:`r`, min(k, m, n) numbers a matrix; ``step``.
+    State: ``momentum_buffer``, one element per weight; ``energies`` :math:`r`, min(k, m, n) elements per matrix;
+    ``step``, one per matrix.
 
-    Cost: a singular value decomposition of every gradient, many times Muon's step, most of all on a GPU, which also
-    waits once a step for the loss. Prefer Muon: the rule is here to try what the paper describes. A loss that goes to
-    zero, as of the physics-informed networks it was made for, is where its steps grow.
+    Cost: a singular value decomposition of every gradient, which takes many times as long as Muon's step, above all on
+    a GPU. A step also synchronizes with the device once, for the loss. Prefer Muon: this rule is for experiments with
+    the method of the paper. Its steps grow if the loss goes to zero, as in the physics-informed networks of the paper.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
@@ -67,17 +71,17 @@ class SpecMuon(MomentumOptimizer):
         relaxation: :math:`\xi`, from 0 to below 1.
         eps: :math:`\epsilon`, above 0.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        state_dtype: dtype of the momentum; None for each parameter's own. The numbers are float32 at least.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter. All other state is float32 at least.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     Raises:
-        ValueError: for an argument out of range, for a parameter that cannot be read as matrices, and at a step whose
+        ValueError: if an argument is out of range, if a parameter cannot be read as matrices, or, in a step, if the
             loss is negative or not finite.
-        RuntimeError: at a step without a loss, and with more than one process.
+        RuntimeError: in a step without a loss or with more than one process.
     """
 
     _loss: Any = None
-    """What the closure of the step under way returned; None without a closure, and between steps."""
+    """Return value of the closure of the current step; None without a closure, and between steps."""
 
     def __init__(
         self,
@@ -127,11 +131,11 @@ class SpecMuon(MomentumOptimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one step by the loss that the closure returns.
+        """Perform one step with the loss that the closure returns.
 
         Raises:
-            RuntimeError: without a closure, and with more than one process.
-            ValueError: for a loss that is negative or not finite.
+            RuntimeError: if there is no closure, or more than one process.
+            ValueError: if the loss is negative or not finite.
         """
         if closure is None:
             return super().step()
@@ -173,7 +177,7 @@ class SpecMuon(MomentumOptimizer):
                 "SpecMuon needs the loss at every step: call step(closure) with a closure that returns it. Lightning's "
                 "automatic optimization does, except with precision='16-mixed'."
             )
-        self._loss = loss = float(self._loss)  # for the other stacks too: on a GPU each reading waits for the device
+        self._loss = loss = float(self._loss)  # keep the float: each read synchronizes with the device
         if not 0.0 <= loss < math.inf:
             raise ValueError(
                 f"SpecMuon needs a finite loss of 0 or more, got {loss}: it takes the root. Add a constant to a loss "
@@ -196,7 +200,7 @@ def _decomposed(grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _damped(energies: Tensor, values: Tensor, root: float, lr: float | Tensor, eps: float) -> Tensor:
-    """The energies r' (B, k) after the step's damping."""
+    """The damped energies r' (B, k)."""
     lr = lr.to(values) if isinstance(lr, Tensor) else lr
     return energies / (1 + 0.5 * lr / (values + eps) * (values / (root + eps)))
 

@@ -1,4 +1,4 @@
-"""Optimizers for matrices, and the hybrid that puts them beside any other."""
+"""Optimizers for matrices, and HybridOptimizer, which combines them with any other optimizer."""
 
 from lightning_muon.optim.adamuon import AdaMuon
 from lightning_muon.optim.conda import Conda

@@ -17,7 +17,7 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
 class AdaMuon(OrthogonalizingOptimizer):
-    r"""AdaMuon: the orthogonalized sign of the momentum, each entry divided by its own running size.
+    r"""AdaMuon: orthogonalizes the sign of the momentum, and divides each element by its running root mean square.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -31,38 +31,39 @@ class AdaMuon(OrthogonalizingOptimizer):
 
     Source: arXiv 2507.11005 and the authors' code (github.com/Chongjie-Si/AdaMuon). With the default ``lr_scale`` the
     root mean square of the update is 0.2 exactly, as in the paper. The paper uses one :math:`\beta` for both averages,
-    writes the first as :math:`\beta M + G` (the same after the sign) and does not look ahead; the authors' code does.
-    The sign is in the paper and in the authors' code; ``sign=False`` is how several libraries have it. No bias is
-    corrected, because a factor common to all entries cancels in the norm.
+    writes the first as :math:`\beta M + G` (the same after the sign) and has no Nesterov momentum; the authors' code
+    has it. The paper and the authors' code take the sign; several libraries do not, which is ``sign=False``. There is
+    no bias correction, because a factor common to all elements cancels in the norm.
 
-    Prefer it to Muon where entries of one matrix differ much in how noisy they are, and where another element of state
-    per weight is affordable. The update of the first step is a matrix of signs, as Adam's is.
+    Prefer it to Muon if the elements of one matrix differ much in their noise, and if the memory allows a second
+    element of state per weight. The update of the first step is a matrix of signs, as with Adam.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1.
-        beta2: :math:`\beta_2`, decay of the squares, from 0 to below 1. With 0 every update is a matrix of signs.
-        nesterov: look one step ahead.
+        beta2: :math:`\beta_2`, decay rate of the average of squares, from 0 to below 1. With 0 every update is a
+            matrix of signs.
+        nesterov: use Nesterov momentum, which looks one step ahead.
         sign: orthogonalize the signs of the momentum instead of the momentum.
-        eps: :math:`\epsilon`, above 0; small against the entries of an orthogonal matrix, about
+        eps: :math:`\epsilon`, above 0; small compared with the elements of an orthogonal matrix, about
             :math:`1/\sqrt{\max(m, n)}`.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the state; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the state; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
-    State: ``momentum_buffer`` and ``second_moment``, one element per weight each: AdamW's memory. ``second_moment`` is
-    float32 where ``state_dtype`` is float16, in which squares vanish.
+    State: ``momentum_buffer`` and ``second_moment``, one element per weight each: the memory of AdamW.
+    ``second_moment`` is float32 if ``state_dtype`` is float16, where squares underflow.
 
-    Cost: that of Muon and some five passes over the update.
+    Cost: that of Muon, and about five passes over the update.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class AdaMuon(OrthogonalizingOptimizer):
 
 
 def _signs(momentum: Tensor) -> Tensor:
-    """Signs, in the memory of ``momentum``; all NaN for a matrix with NaN or infinity, which its signs would hide."""
+    """Replace ``momentum`` by its signs; a matrix with NaN or infinity becomes NaN, because signs would hide it."""
     entries = momentum.flatten(1)
     zero_or_nan = entries.amax(dim=1).mul_(0).add_(entries.amin(dim=1).mul_(0))
     return momentum.sign_().add_(zero_or_nan[:, None, None])

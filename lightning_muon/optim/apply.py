@@ -1,4 +1,4 @@
-"""What a step does to the parameters: directions cut into parts, weight decay, subtraction."""
+"""Application of a step to the parameters: split the direction, decay the weights, subtract."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_muon.optim.stacks import StackMember
 
 
 def split_like(direction: Tensor, members: list[StackMember], targets: list[Tensor]) -> list[Tensor]:
-    """(B, m, n) cut into one tensor a member, of its target's shape."""
+    """Split (B, m, n) into one tensor per member, in the shape of its target."""
     if all(member.plain for member in members):
         return list(direction.unbind(0))
     parts = torch.split(direction, [member.count for member in members])
@@ -19,20 +19,20 @@ def split_like(direction: Tensor, members: list[StackMember], targets: list[Tens
 
 
 def decay(targets: list[Tensor], updates: list[Tensor], amount: float | Tensor, cautious: bool) -> None:
-    """Shrink the targets by ``amount``; if cautious, only entries that the update shrinks too (or leaves alone)."""
+    """Multiply the targets by ``1 - amount``; if cautious, only elements that the update does not enlarge."""
     if cautious:
         decay_by(targets, updates, [amount] * len(targets), cautious)
     elif targets[0].is_cuda and not isinstance(amount, Tensor):
         torch._foreach_mul_(targets, 1 - amount)
     else:
-        # On a CPU the foreach form copies each target, and a Python number is converted anew for each.
+        # On a CPU the foreach form copies each target, and converts a Python number again for each target.
         factor = torch.as_tensor(1 - amount, dtype=torch.promote_types(targets[0].dtype, torch.float32))
         for target in targets:
             target.mul_(factor)
 
 
 def decay_by(targets: list[Tensor], updates: list[Tensor], amounts: Sequence[float | Tensor], cautious: bool) -> None:
-    """Shrink each target by its own amount, elementwise where that is a tensor."""
+    """Multiply each target by 1 minus its own amount, a number or a tensor."""
     for target, update, amount in zip(targets, updates, amounts, strict=True):
         if cautious:  # in float32 at least: in bfloat16 a factor of 0.999 is 1
             amount = amount * (update * target >= 0).to(torch.promote_types(target.dtype, torch.float32))

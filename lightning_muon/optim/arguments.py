@@ -1,4 +1,4 @@
-"""Checks of parameters and options, with the fix in the message."""
+"""Checks of parameters and options. Each error message says how to fix the problem."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_muon.partition import MatrixLayout
 from lightning_muon.partition.names import near_names
 
 OPTIMIZER_KEY = "optimizer"
-"""Where a param group keeps the class of its optimizer, so that no other class loads its state."""
+"""Key of a param group for the class of its optimizer, so that no other class loads its state."""
 
 FOLLOWS_KEY = "follows"
-"""Where a param group of a hybrid keeps the name of the group whose learning rate it follows."""
+"""Key of a param group of a hybrid for the name of the group whose learning rate it follows."""
 
 STRUCTURAL_KEYS = frozenset({"params", "param_names", "name", "layouts"})
-"""What a param group holds besides options, as users write it. What is kept there besides is not theirs to set."""
+"""Keys that users may write into a param group besides options."""
 
 WRITTEN_BY_OTHERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}  # schedulers of torch
     | {"use_muon"}  # pytorch-optimizer and Keller Jordan's Muon
 )
-"""What a param group may hold because it was made for, or had, a scheduler or another optimizer."""
+"""Keys that schedulers and other optimizers write into param groups."""
 
 _NOT_AN_OPTION = {
     OPTIMIZER_KEY: (
@@ -39,17 +39,17 @@ _NOT_AN_OPTION = {
     ),
     FOLLOWS_KEY: "it is kept by HybridOptimizer. Give the group an 'lr' of its own",
 }
-"""Why users cannot set what is kept in param groups for the package's own use, and what to do instead."""
+"""Keys of param groups that only this package writes: why users cannot set them, and what to do instead."""
 
 NO_CLASS = (
     "A package that calls optimizer(params=module.parameters(), lr=...) cannot say which parameters are matrices: pass "
     "callbacks=[lightning_muon.UseMuon(...)] to its Trainer instead, and leave its optimizer as it is."
 )
-"""What to do where an optimizer class was handed to a package that calls it with all parameters of a module."""
+"""What to do if another package calls an optimizer class with all parameters of a module."""
 
 
 class UnknownOptionError(ValueError):
-    """Somebody sets an option that an optimizer does not have."""
+    """Raised for an option that an optimizer does not have."""
 
     kind: str
     key: str
@@ -57,13 +57,13 @@ class UnknownOptionError(ValueError):
 
     @classmethod
     def of(cls, kind: str, key: str, options: list[str], who: str) -> UnknownOptionError:
-        """The error with its message.
+        """Create the error with its message.
 
         Args:
             kind: class of the optimizer.
-            key: the option.
-            options: those that it has.
-            who: sets the option, as the message says it.
+            key: the unknown option.
+            options: the options that the optimizer has.
+            who: words for who sets the option, e.g. ``"param group 0 sets"``.
         """
         hint = near_names(key, options, limit=len(options), what="Options")
         error = cls(f"{kind} has no option {key!r}, which {who}. {hint}")
@@ -72,10 +72,10 @@ class UnknownOptionError(ValueError):
 
 
 def checked_layout(parameter: Tensor, name: str, layout: MatrixLayout | None) -> MatrixLayout:
-    """The layout that a parameter is read in: the given one, or as it is if it is a matrix.
+    """Check a parameter and return its layout: the given one, or that of a 2-D matrix.
 
     Raises:
-        TypeError: if it is sharded or not floating point.
+        TypeError: if the parameter is sharded or not floating-point.
         ValueError: if it cannot be read as matrices.
     """
     if isinstance(parameter, DTensor):
@@ -101,16 +101,16 @@ def checked_layout(parameter: Tensor, name: str, layout: MatrixLayout | None) ->
 
 
 def check_option_names(optimizer: Optimizer, group: dict[str, Any], allowed: Collection[str] = ()) -> None:
-    """Refuse what the optimizer's constructor refuses in a new param group too, where torch keeps it in silence.
+    """Check that the constructor of the optimizer knows the options of a new param group; torch does not check it.
 
     Args:
-        optimizer: that the group is for.
-        group: as the user wrote it.
-        allowed: keys that it may have besides options.
+        optimizer: the optimizer of the group.
+        group: the group, as the user wrote it.
+        allowed: further keys that the group may have.
 
     Raises:
-        UnknownOptionError: names the option, the group and near names.
-        ValueError: for a key that the package keeps there for itself; see :func:`check_own_keys`.
+        UnknownOptionError: if the optimizer does not have an option.
+        ValueError: if the group has a key that only this package writes; see :func:`check_own_keys`.
     """
     options = constructor_options(optimizer)
     where = _description(group, len(optimizer.param_groups))
@@ -121,10 +121,10 @@ def check_option_names(optimizer: Optimizer, group: dict[str, Any], allowed: Col
 
 
 def check_rule_options(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """The same for a group that the partition made, whose options are those of parameter rules.
+    """Check the option names of a group of the partition. Its options come from parameter rules.
 
     Raises:
-        UnknownOptionError: names the option, the group and near names.
+        UnknownOptionError: if the optimizer does not have an option.
     """
     options = constructor_options(optimizer)
     for key in group:
@@ -133,20 +133,22 @@ def check_rule_options(optimizer: Optimizer, group: dict[str, Any]) -> None:
 
 
 def set_by_rule(group: dict[str, Any]) -> str:
-    """Who sets an option of a group of the partition, for :class:`UnknownOptionError`."""
+    """The argument ``who`` of :meth:`UnknownOptionError.of` for a group of the partition."""
     return f"a parameter rule sets for the group {group['name']!r}"
 
 
 def check_own_keys(optimizer: Optimizer, group: dict[str, Any], where: str) -> None:
-    """Refuse what a user writes where the package keeps its own, except in a copy of a group of such an optimizer.
+    """Check that a user does not set keys that only this package writes.
+
+    A copy of a param group of an optimizer of the same class may have them.
 
     Args:
-        optimizer: that the group is for.
-        group: as the user wrote it.
-        where: the group, for the error.
+        optimizer: the optimizer of the group.
+        group: the group, as the user wrote it.
+        where: words for the group in the error.
 
     Raises:
-        ValueError: names the key, the group, and what to do instead.
+        ValueError: if the group has such a key.
     """
     if group.get(OPTIMIZER_KEY) == class_label(optimizer):
         return
@@ -156,22 +158,22 @@ def check_own_keys(optimizer: Optimizer, group: dict[str, Any], where: str) -> N
 
 
 def class_label(optimizer: Optimizer) -> str:
-    """Package and class of an optimizer, e.g. ``"torch.AdamW"``, which its param groups hold."""
+    """Package and class of an optimizer, e.g. ``"torch.AdamW"``, as stored in its param groups."""
     kind = type(optimizer)
     return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"
 
 
 def constructor_options(optimizer: Optimizer) -> list[str]:
-    """The options that a param group may set: those of the optimizer's defaults that its constructor takes.
+    """The options that a param group may set: the ``defaults`` that the constructor of the optimizer takes.
 
-    A base class may have defaults that a rule sets by itself and that must not be changed under it.
+    A rule may fix a default of its base class, which a group must not change.
     """
     taken: set[str] = set()
     for base in type(optimizer).__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = inspect.signature(vars(base)["__init__"]).parameters
-        if "defaults" in parameters:  # reached through **kwargs, or inherited: whatever is a default can be given
+        if "defaults" in parameters:  # through **kwargs, or inherited: any default can be given
             return list(optimizer.defaults)
         taken.update(parameters)
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -225,7 +227,7 @@ def check_choice(group: dict[str, Any], key: str, choices: tuple[str | bool, ...
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:
-    """A name for each parameter of a param group: its own, or its place in the group."""
+    """A name for each parameter of a param group: from ``param_names``, or its index in the group."""
     names = group.get("param_names")
     if names is not None:
         return list(names)
@@ -233,8 +235,10 @@ def parameter_names(group: dict[str, Any]) -> list[str]:
 
 
 def unique_names(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
-    """A name for each parameter of an optimizer; the group's name or number stands before those that groups share,
-    and a number after those that repeat in a group.
+    """A unique name for each parameter of an optimizer.
+
+    A name that several groups have gets the name or number of the group as a prefix. A name that repeats in a group
+    gets a number as a suffix.
     """
     named = [
         (parameter, name, group.get("name", index))
@@ -259,19 +263,19 @@ def check_dtype(group: dict[str, Any], key: str) -> None:
 
 
 def plain_option(value: Any) -> Any:
-    """An option as param groups hold it, so that any loader reads it: the name of a dtype, a tuple for a list."""
+    """An option as stored in param groups: the name of a dtype, which every loader can read; a tuple for a list."""
     if isinstance(value, torch.dtype | str):
         return str(value).removeprefix("torch.")
     return tuple(value) if isinstance(value, list) else value
 
 
 def dtype_for_squares(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of squares of what is kept in ``dtype``: the same, but float32 for float16, in which they vanish."""
+    """The dtype for squares of values in ``dtype``: float32 for float16, where squares underflow, else the same."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def bias_correction(step: Tensor, beta: float) -> Tensor:
-    """1 - beta^t, what a moving average from zero is to be divided by; (B,) steps t -> (B, 1, 1)."""
+    """1 - beta^t, the divisor that corrects the bias of a moving average; (B,) steps t -> (B, 1, 1)."""
     correction = torch.ones_like(step) if beta == 0.0 else -torch.expm1(step * math.log(beta))
     return correction[:, None, None]
 

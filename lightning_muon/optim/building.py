@@ -1,4 +1,4 @@
-"""The children of a hybrid: how they are made from a partition, and what they may be."""
+"""Construction of the children of a hybrid optimizer from a partition, and checks of the children."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
 
 
 def build_child(factory: OptimizerFactory, partition: Partition, owner: str) -> Optimizer | None:
-    """Make the child that takes one group of a partition; None where the group has no parameter.
+    """Build the child for one group of a partition; None if the group has no parameter.
 
-    Its param groups hold the trainable parameters. Those whose parameters are all frozen are empty: they are there for
-    schedulers, and for the parameters once they are unfrozen. They have the options that the factory gives them.
+    The param groups hold the trainable parameters. A param group whose parameters are all frozen is empty: schedulers
+    need it, and its parameters join it once they are unfrozen. It has the options that the factory gives it.
 
     Raises:
         ValueError: if a rule sets an option that the optimizer does not have, or that is out of range.
-        TypeError: if the factory makes something else, or the optimizer cannot be part of a hybrid.
+        TypeError: if the factory does not return an optimizer, or one that cannot be part of a hybrid.
     """
     groups = _groups(partition, owner)
     if not groups:
@@ -67,7 +67,7 @@ def build_child(factory: OptimizerFactory, partition: Partition, owner: str) -> 
 
 
 def add_group(child: Optimizer, group: dict[str, Any]) -> None:
-    """Add a group to a child that may hold what the child's own class wrote into another, besides what a user may."""
+    """Add a group to a child. The group may also have keys that the class of the child writes into its groups."""
     if not isinstance(child, MatrixOptimizer):
         child.add_param_group(group)
         return
@@ -77,7 +77,7 @@ def add_group(child: Optimizer, group: dict[str, Any]) -> None:
 
 
 def warn_of_partition(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> None:
-    """Say what a user should know of a partition: once, on the first of the processes that train together."""
+    """Emit the warnings about a partition, on rank 0 only."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return
     texts = partition.warnings()
@@ -88,15 +88,15 @@ def warn_of_partition(module: nn.Module, partition: Partition, optimizers: Mappi
 
 
 def check_children(optimizers: Mapping[str, Optimizer] | None, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be the children of a hybrid.
+    """Check the arguments of a hybrid optimizer.
 
     Args:
-        optimizers: the children by name, or whatever was given in their place.
-        options: what was given besides.
+        optimizers: the children by name, or another argument that was passed in their place.
+        options: all other keyword arguments.
 
     Raises:
-        ValueError: if there is no child, or children share a parameter.
-        TypeError: if a child is no optimizer or cannot be part of a hybrid; for options, which it does not have.
+        ValueError: if there is no child, or if children share a parameter.
+        TypeError: if a child is not an optimizer or cannot be part of a hybrid, or if there are options.
     """
     if options:
         raise TypeError(
@@ -121,20 +121,20 @@ def check_children(optimizers: Mapping[str, Optimizer] | None, options: Mapping[
 
 
 def check_names(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise ``ValueError`` if two param groups have one name."""
+    """Raise ``ValueError`` if two param groups have the same name."""
     repeated = [name for name, count in Counter(group["name"] for group in groups).items() if count > 1]
     if repeated:
         raise ValueError(f"Param group names must be unique, got {', '.join(repeated)} more than once.")
 
 
 def shared_defaults(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """What generic code looks up in ``defaults`` of a hybrid: the learning rate and a momentum."""
+    """The ``defaults`` of a hybrid, for code that reads them: learning rate and momentum."""
     rates = [child.defaults["lr"] for child in optimizers.values() if "lr" in child.defaults]
     return {**({"lr": rates[-1]} if rates else {}), **default_momentum(optimizers.values())}
 
 
 def _without_matrices(module: nn.Module, partition: Partition, optimizers: Mapping[str, Optimizer]) -> str:
-    """What to say where the matrix optimizer has nothing to do, or nothing yet."""
+    """The warning for a module without trainable hidden matrices."""
     start = f"{type(module).__name__} has no trainable hidden matrix: every parameter goes to "
     text = f"{start}{type(optimizers['other']).__name__} and no matrix optimizer is used."
     if "matrix" in optimizers:
@@ -147,10 +147,10 @@ def _without_matrices(module: nn.Module, partition: Partition, optimizers: Mappi
 
 
 def _groups(partition: Partition, owner: str) -> list[dict[str, Any]]:
-    """Param groups of the partition for one child, with the trainable parameters; all frozen ones of a group that has
-    no trainable one.
+    """Param groups of the partition for one child.
 
-    Parameters that can never train, such as quantized ones, are in none.
+    A group holds its trainable parameters, or, if it has none, its frozen ones. Parameters that can never train, such
+    as quantized ones, are in no group.
     """
     entries = [entry for entry in partition if entry.group == owner and can_train(entry.parameter)]
     trained = {entry.group_name for entry in entries if not entry.frozen}
@@ -172,7 +172,7 @@ def _is_frozen(group: Mapping[str, Any]) -> bool:
 
 
 def _construct(factory: OptimizerFactory, groups: list[dict[str, Any]], owner: str) -> Optimizer:
-    """The optimizer for these groups. One that refuses frozen parameters need not take them before they train."""
+    """Construct the optimizer. If it does not accept frozen parameters, their groups are empty."""
     try:
         return foreign.construct(factory, [dict(group) for group in groups], owner)
     except Exception:
@@ -188,7 +188,7 @@ def _construct(factory: OptimizerFactory, groups: list[dict[str, Any]], owner: s
 
 
 def _check_options(group: dict[str, Any]) -> None:
-    """Optimizers of torch check their defaults but not the options of a group."""
+    """Check ``lr`` and ``weight_decay`` of a group. Optimizers of torch only check their defaults."""
     for key in ("lr", "weight_decay"):
         value = group.get(key, 0.0)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

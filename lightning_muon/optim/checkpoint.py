@@ -1,4 +1,4 @@
-"""Loading optimizer states: by parameter name, and exactly."""
+"""Loading of optimizer states by parameter name, without loss of precision."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_muon.partition.names import some_names
 
 @dataclass
 class LoadingGroup:
-    """A saved param group and the parameters that it is for.
+    """A saved param group, with the parameters of this optimizer that it belongs to.
 
     Args:
-        owner: name of the child that has it.
-        name: of the group.
+        owner: name of the child that has the group.
+        name: name of the group.
         params: the parameters.
-        param_names: their names.
-        ids: by which the saved state knows them.
-        options: what the saved group holds besides.
+        param_names: names of the parameters.
+        ids: keys of the parameters in the saved state.
+        options: all other entries of the saved group.
     """
 
     owner: str
@@ -37,32 +37,32 @@ class LoadingGroup:
     options: dict[str, Any]
 
     def saved(self) -> dict[str, Any]:
-        """The group as a child loads it."""
+        """The group in the form of a saved state, with ids instead of parameters."""
         return {**self.options, "name": self.name, "params": self.ids, "param_names": self.param_names}
 
     def live(self) -> dict[str, Any]:
-        """The group as the child has it."""
+        """The group in the form of ``param_groups``, with parameters."""
         return {**self.saved(), "params": self.params}
 
 
 def match_groups(
     state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], routing: Routing
 ) -> list[LoadingGroup]:
-    """Find the parameters that each saved group is for, by name.
+    """Find the parameters of each saved group, by name.
 
-    A saved group may hold parameters that are in another group of the same child now, or frozen and in none. A frozen
-    parameter that the state lacks leaves its group. Names that repeat are matched by their places. States
-    without names, as torch saves them, are taken in the order that they have.
+    A saved group may hold parameters that are in another group of the same child now, or that are frozen and in no
+    group. A frozen parameter that is not in the state leaves its group. Repeated names are matched by their positions.
+    States without names, as torch saves them, are matched by order.
 
     Args:
-        state_dict: what ``HybridOptimizer.state_dict()`` returned; not modified.
+        state_dict: result of ``HybridOptimizer.state_dict()``; not modified.
         groups: the named param groups of the hybrid that loads it.
-        routing: of the hybrid: knows children and frozen parameters.
+        routing: routing of the hybrid, which knows its children and frozen parameters.
 
     Raises:
-        TypeError: if it is no dict.
-        ValueError: if it is no optimizer state, or a parameter is missing, unexpected or in the group of another
-            child; names it and says what to do.
+        TypeError: if the state is not a dict.
+        ValueError: if it is not an optimizer state, or if a parameter is missing, unexpected or in a group of another
+            child.
     """
     saved_groups = check_form(state_dict)
     if not all("param_names" in group and "name" in group for group in saved_groups if group["params"]):
@@ -111,11 +111,11 @@ def match_groups(
 
 
 def check_form(state_dict: Any) -> list[dict[str, Any]]:
-    """The param groups of a saved state, whose form is checked.
+    """Check the form of a saved state and return its param groups.
 
     Raises:
-        TypeError: if it is no dict.
-        ValueError: if it is no optimizer state.
+        TypeError: if it is not a dict.
+        ValueError: if it is not an optimizer state.
     """
     problem = None
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
@@ -145,16 +145,17 @@ def check_form(state_dict: Any) -> list[dict[str, Any]]:
 
 
 def check_class(saved_options: Mapping[str, Any], optimizer: Optimizer, what: str) -> None:
-    """Refuse the state of another optimizer class. A class of the same name in another package, such as a script that
-    was renamed, passes if it has the same options.
+    """Check that a state was saved by an optimizer of the same class.
+
+    A class of the same name in another module, such as a renamed script, passes if it has the same options.
 
     Args:
-        saved_options: what the saved group holds; a state of an older version does not say which class it is of.
-        optimizer: the one that loads it.
-        what: the param group, for the error.
+        saved_options: entries of the saved group. States of older versions do not contain the class, and pass.
+        optimizer: the optimizer that loads the state.
+        what: name of the param group, for the error.
 
     Raises:
-        ValueError: names both and says what to do.
+        ValueError: if another class saved the state.
     """
     saved, kind = saved_options.get(OPTIMIZER_KEY), class_label(optimizer)
     if not isinstance(saved, str) or saved == kind:
@@ -171,7 +172,7 @@ def check_class(saved_options: Mapping[str, Any], optimizer: Optimizer, what: st
 
 
 def check_classes(saved: Sequence[dict[str, Any]], optimizer: Optimizer) -> None:
-    """:func:`check_class` for all groups of a state."""
+    """Call :func:`check_class` for all groups of a state."""
     for group in saved:
         check_class(group, optimizer, repr(group["name"]) if "name" in group else "these parameters")
 
@@ -182,16 +183,16 @@ def check_entries(
     optimizer: Optimizer,
     saved: Sequence[dict[str, Any]],
 ) -> None:
-    """Refuse a state that has other entries than a rule keeps.
+    """Check that a loaded state has the entries of a rule.
 
     Args:
         loaded: names of the loaded entries, by parameter.
-        stacks: of these parameters, bound to the state.
+        stacks: the stacks of these parameters, bound to the state.
         optimizer: the rule.
-        saved: param groups of the state, which say what saved it.
+        saved: param groups of the state, which contain the class that saved it.
 
     Raises:
-        ValueError: names the parameter, both lists of entries, both rules and what to do.
+        ValueError: if the entries of a parameter differ from those of the rule.
     """
     kept: dict[Tensor, set[str]] = {}
     members = [(member, stack) for stack in stacks for member in stack.members]
@@ -211,28 +212,27 @@ def check_entries(
 
 
 def name_of_class(label: str) -> str:
-    """``"AdamW"`` of :func:`class_label`'s ``"torch.AdamW"``."""
+    """The class name in a label of :func:`class_label`: ``"AdamW"`` for ``"torch.AdamW"``."""
     return label.split(".", 1)[-1]
 
 
 def state_of(state_dict: Mapping[str, Any], ids: Iterable[Any], all_ids: Iterable[Any]) -> dict[Any, Any]:
-    """The saved state of some parameters, with what belongs to no parameter at all.
+    """The saved state of some parameters, and all entries that belong to no parameter.
 
     Args:
-        state_dict: what ``HybridOptimizer.state_dict`` returned.
-        ids: by which it knows these parameters.
-        all_ids: those of all parameters.
+        state_dict: result of ``HybridOptimizer.state_dict()``.
+        ids: keys of these parameters in the state.
+        all_ids: keys of all parameters.
     """
     others = set(all_ids).difference(ids)
     return {key: value for key, value in state_dict["state"].items() if key not in others}
 
 
 def restore_exactly(optimizer: Optimizer, state_dict: dict[str, Any], groups: Iterable[dict[str, Any]]) -> None:
-    """Redo for the parameters of ``groups`` what ``Optimizer.load_state_dict`` did, keeping precision and sharing
-    nothing.
+    """Replace the state that ``Optimizer.load_state_dict`` loaded for the parameters of ``groups`` by exact copies.
 
-    The base class casts state to the parameters' dtype, so that float32 state of bfloat16 parameters would lose bits
-    on each resume, and keeps the given tensors, so that later steps would write into ``state_dict``.
+    The base class casts the state to the dtype of the parameters: float32 state of bfloat16 parameters would lose
+    precision on each resume. It also keeps the given tensors: later steps would write into ``state_dict``.
     """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     saved_ids = (saved_id for group in state_dict["param_groups"] for saved_id in group["params"])
@@ -276,7 +276,7 @@ def _match_by_place(
 
 
 def _repeated_names(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> set[str]:
-    """Names that stand for several parameters on either side, once it is sure that their places tell them apart."""
+    """Names of several parameters in the optimizer or in the state. Checks that their positions agree."""
     repeated = {
         name
         for some in (saved_groups, groups)
@@ -298,7 +298,7 @@ def _repeated_names(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dic
 
 
 def _keys(group: Mapping[str, Any], repeated: set[str]) -> list[Any]:
-    """What tells the parameters of a group apart: their names, or their places where names repeat."""
+    """Unique keys of the parameters of a group: their names, or (group, position) for repeated names."""
     names = group.get("param_names", ())
     return [(group["name"], index) if name in repeated else name for index, name in enumerate(names)]
 
@@ -308,7 +308,7 @@ def _options(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_order_of(groups: Sequence[dict[str, Any]], loading: LoadingGroup) -> LoadingGroup:
-    """The same with its parameters in the order of the group that has them all now, if there is one."""
+    """Sort the parameters as in the current group of this name, if it has the same parameters."""
     for group in groups:
         if group["name"] == loading.name and set(group["params"]) == set(loading.params):
             ids = dict(zip(loading.params, loading.ids, strict=True))

@@ -20,10 +20,10 @@ from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
 
 
 class Conda(MatrixOptimizer):
-    r"""Conda, column-normalized Adam: Adam's step, taken along the singular directions of the momentum.
+    r"""Conda, column-normalized Adam: Adam's step along the singular directions of the momentum.
 
-    Muon gives every singular direction of the momentum the same step; Conda gives each entry in the rotated matrix a
-    step of its own, by the second moment of the rotated gradient. For wide matrices (m < n),
+    Muon gives every singular direction of the momentum the same step. Conda rotates the matrix into the singular basis
+    and gives each element its own step, by the second moment of the rotated gradient. For wide matrices (m < n),
 
     .. math::
         M_t &= \beta_1 M_{t-1} + (1 - \beta_1)\, G_t \\
@@ -34,51 +34,52 @@ class Conda(MatrixOptimizer):
 
     with elementwise square, root and quotient. Otherwise the rotation is on the right, by :math:`Q = V`:
     :math:`G Q`, :math:`M Q` and the quotient times :math:`Q^\top`. So the basis is always the small one, k x k with
-    k = min(m, n). :math:`V_t` stays as it is when the basis is renewed, in axes that have turned a little.
+    k = min(m, n). :math:`V_t` is not changed when the basis is renewed, although the axes have turned a little.
 
-    Singular vectors are known up to sign only, which changes nothing: a sign cancels in the square, and in the way
-    there and back. Where singular values coincide, above all in the null space of a momentum of low rank, the basis is
-    any orthonormal one, the step depends on which, and two machines may differ. A momentum that is NaN or infinite
-    when its turn comes keeps its basis, at first the identity, and the next step tries again; a matrix whose gradients
-    were all zero so far, as behind a layer that starts at zero, gets its basis with the first that is not.
+    Singular vectors are unique up to sign only. The sign does not matter: it cancels in the square, and when the step
+    is rotated back. If singular values are equal, e.g. in the null space of a momentum of low rank, the basis is not
+    unique: the step depends on it, and may differ between two machines. If the momentum is NaN or infinite when the
+    basis is due, the old basis stays (at first the identity), and the next step tries again. A matrix whose gradients
+    have all been zero, as behind a layer that starts at zero, gets its basis with the first nonzero gradient.
 
-    Source: Wang et al., arXiv 2509.24218. As in the authors' code the small side is rotated (the paper writes U
-    throughout); unlike it, weights decay before the step and not after, as everywhere here, which differs by
+    Source: Wang et al., arXiv 2509.24218. As in the authors' code, the small side is rotated (the paper writes U
+    throughout). Unlike in their code, weights decay before the step, as in all rules of this package; the difference is
     :math:`\eta^2 \lambda D`.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
-        lr: learning rate :math:`\eta`. Steps have AdamW's size times ``scale``, so that some 1 / ``scale`` times
-            AdamW's learning rate is the place to start.
+        lr: learning rate :math:`\eta`. Steps have AdamW's size times ``scale``: start with about 1 / ``scale`` times
+            the learning rate of AdamW.
         weight_decay: decoupled weight decay :math:`\lambda`.
         betas: :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
         eps: :math:`\epsilon`, above 0.
-        scale: :math:`\kappa`, the root mean square of the entries of the first step.
-        update_every: :math:`T`, after how many of its own steps a matrix gets a new basis, counted from its first.
+        scale: :math:`\kappa`, the root mean square of the elements of the first step.
+        update_every: :math:`T`, number of steps of a matrix between two bases, counted from its first step.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        state_dtype: dtype of both moments; None for each parameter's own. The second is float32 where that is float16,
-            in which squares vanish. The basis is float32 at least: a rounded one is not orthonormal. With bfloat16 the
-            basis of nearly equal singular values comes out another, and steps differ by some 1 to 10 %.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        state_dtype: dtype of both moments; None for the dtype of each parameter. With float16, where squares underflow,
+            the second moment is float32. The basis is float32 at least, because a rounded basis is not orthonormal.
+            With bfloat16 the basis of nearly equal singular values differs, and steps differ by about 1 to 10 %.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
-    State: ``exp_avg`` (not rotated) and ``exp_avg_sq`` (rotated), one element per weight each, ``basis``,
-    min(m, n)^2 elements a matrix; ``age``, steps since the basis was taken, 0 where the next step is to take one, and
-    ``step``, a number a matrix each: AdamW's memory and up to half as much again, two to three times Muon's.
+    State: ``exp_avg`` (not rotated) and ``exp_avg_sq`` (rotated), one element per weight each; ``basis``, min(m, n)^2
+    elements per matrix; ``age``, the steps since the basis was computed (0 if the next step computes one), and
+    ``step``, one element per matrix each. That is 1 to 1.5 times the memory of AdamW, two to three times that of Muon.
 
-    Cost: three products with the basis a step, a fifth (square matrices) to a third of Muon's; every ``update_every``
-    steps a singular value decomposition, which takes one CPU core 0.3 seconds for 1024 x 1024 and eight times that for
-    twice the size. A step waits for the device once.
+    Cost: three products with the basis per step, a fifth (square matrices) to a third of Muon's. Every
+    ``update_every`` steps a singular value decomposition, which takes 0.3 seconds on one CPU core for 1024 x 1024, and
+    eight times as long for twice the size. A step synchronizes with the device once.
 
-    Prefer it to AdamW where gradients have few strong directions that AdamW's axes do not follow, and to Muon where a
-    step should also tell frequent from rare entries. Prefer Muon or :class:`~lightning_muon.optim.NorMuon` where memory
-    counts, or matrices are so large that the decomposition hurts.
+    Prefer it to AdamW if gradients have few strong directions that are not along the axes, and to Muon if a step should
+    also treat frequent and rare elements differently. Prefer Muon or :class:`~lightning_muon.optim.NorMuon` if memory
+    is scarce, or if the matrices are so large that the decomposition takes too long.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
 
     Example::
 
-        optimizer = Conda(block.linear.parameters(), lr=4e-3, weight_decay=0.01)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> optimizer = Conda([model[0].weight], lr=4e-3, weight_decay=0.01)
     """
 
     def __init__(
@@ -140,33 +141,33 @@ class Conda(MatrixOptimizer):
 
 
 def _renew(basis: Tensor, age: Tensor, momentum: Tensor, every: int) -> None:
-    """Set bases of age 0 to the singular vectors of the momentum, on its short side; all others grow older.
+    """Set bases of age 0 to the singular vectors of the momentum, on its short side; increase the age of the others.
 
     Args:
-        basis: (B, k, k), overwritten where the age is 0 and the momentum neither zero nor NaN or infinite.
-        age: (B,) steps since the basis was taken, modulo ``every``; stays 0 where it could not be taken.
+        basis: (B, k, k), overwritten where the age is 0 and the momentum is finite and not zero.
+        age: (B,) steps since the basis was computed, modulo ``every``; stays 0 if it could not be computed.
         momentum: (B, m, n).
-        every: after how many steps the next is due.
+        every: number of steps until the next basis.
     """
     due = (age == 0).nonzero().squeeze(1)
     age.add_(1).remainder_(every)
     if not len(due):
         return
     chosen = momentum[due].to(basis.dtype)
-    largest = largest_magnitude(chosen.flatten(1), 1).squeeze(1)  # NaN if any entry is
+    largest = largest_magnitude(chosen.flatten(1), 1).squeeze(1)  # NaN if any element is
     usable = (largest > 0) & largest.isfinite()
     age[due[~usable]] = 0
     index = due[usable]
     if not len(index):
         return
-    # Singular vectors do not depend on the scale, but the decomposition loses them where squares vanish or overflow.
+    # The scale does not change singular vectors, but the decomposition fails if squares underflow or overflow.
     chosen = chosen[usable].div_(largest[usable][:, None, None])
     u, _, vh = torch.linalg.svd(chosen, full_matrices=False)
     basis[index] = u if _wide(momentum) else vh.mT
 
 
 def _rotated(matrices: Tensor, basis: Tensor, out: Tensor | None = None) -> Tensor:
-    """(B, m, n) in the axes of the basis (B, k, k), in the basis' dtype; with its transpose, the way back."""
+    """Rotate (B, m, n) into the basis (B, k, k), in the dtype of the basis; the transposed basis rotates back."""
     matrices = matrices.to(basis.dtype)
     return torch.matmul(*((basis.mT, matrices) if _wide(matrices) else (matrices, basis)), out=out)
 

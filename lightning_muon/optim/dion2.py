@@ -1,4 +1,4 @@
-"""Dion2: Muon on the rows that need it most."""
+"""Dion2: Muon on the rows or columns with the largest momentum."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
 class Dion2(OrthogonalizingOptimizer):
-    r"""Dion2: a step orthogonalizes a part of the momentum, the slices that have gathered most.
+    r"""Dion2: each step orthogonalizes only the largest slices of the momentum.
 
-    With slices along the shorter dimension, rows :math:`i` if m <= n, else columns, and :math:`k = \lceil f \min(m, n)
-    \rceil` of them a step,
+    Slices are along the shorter dimension: rows :math:`i` if m <= n, else columns. A step uses :math:`k = \lceil f
+    \min(m, n) \rceil` of them:
 
     .. math::
         M &\leftarrow M_{t-1} + G_t \\
@@ -28,44 +28,45 @@ class Dion2(OrthogonalizingOptimizer):
         M_{t,i} &= \mu M_i \text{ for } i \in K, \quad M_i \text{ for } i \notin K \\
         W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n)\, D
 
-    Only what a step has used decays (error feedback), so that slices left out gather gradients until their turn comes.
-    All weights decay at every step. The shape scale is that of the whole matrix: entries that move do so by as much
-    as with Muon, and the update as a whole is :math:`\sqrt f` times as large.
+    Only the slices that a step has used decay (error feedback); the others accumulate gradients until they are
+    selected. All weights decay at every step. The shape scale is that of the whole matrix: elements that change do so
+    by as much as with Muon, and the norm of the update is :math:`\sqrt f` times that of Muon.
 
-    Source: Ahn, Amsel, Langford, arXiv 2512.16928. As in the authors' code slices are selected by size, not at random
-    as the paper has it too. Their defaults are ``lr=0.01``, ``weight_decay=0.01``, ``lr_scale="spectral"`` and Polar
-    Express.
+    Source: Ahn, Amsel, Langford, arXiv 2512.16928. As in the authors' code, slices are selected by size; the paper also
+    has a random selection. The authors' defaults are ``lr=0.01``, ``weight_decay=0.01``, ``lr_scale="spectral"`` and
+    Polar Express.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
-        momentum: :math:`\mu`, what is kept of the slices that a step has used, from 0 to below 1.
-        fraction: :math:`f`, what part of the slices a step uses, above 0 and up to 1. With 1 it is Muon without
-            Nesterov momentum.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        momentum: :math:`\mu`, factor of the slices that a step has used, from 0 to below 1.
+        fraction: :math:`f`, the fraction of the slices that a step uses, above 0 and at most 1. With 1 it is Muon
+            without Nesterov momentum.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight, or is zero (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer``, one element per weight, as Muon.
 
-    Cost: the cheap one. Of Muon's products a step needs a part of :math:`f^2` (:math:`f^3` on the short side): a
-    sixteenth with the default; finding, taking out and putting back the slices reads the momentum twice more. Batches
-    of small matrices, where the overhead of each call counts more than its products, gain nothing.
+    Cost: less than Muon. A step takes :math:`f^2` of the operations of Muon's products (:math:`f^3` on the short side),
+    a sixteenth with the default, and two more passes over the momentum. For stacks of small matrices, where the
+    overhead of each call takes most of the time, it is not faster.
 
-    Prefer it where Muon takes a noticeable part of the time: large matrices with few tokens a batch. The paper finds
-    the loss close to Muon's with a quarter of the slices; where Muon costs little, nothing is gained.
+    Prefer it if Muon takes a noticeable part of the time: large matrices with few tokens per batch. In the paper the
+    loss is close to Muon's with a quarter of the slices.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
 
     Example::
 
-        optimizer = Dion2(block.linear.parameters(), lr=1e-3, fraction=0.25)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> optimizer = Dion2([model[0].weight], lr=1e-3, fraction=0.25)
     """
 
     def __init__(
@@ -111,10 +112,10 @@ class Dion2(OrthogonalizingOptimizer):
 
 
 def _largest_slices(matrices: Tensor, fraction: float) -> tuple[int, Tensor]:
-    """The dimension along which matrices (B, m, n) are sliced, and the elements of the largest slices in each.
+    """The dimension along which matrices (B, m, n) are sliced, and the index of the largest slices of each.
 
-    The index is what ``gather`` and ``scatter`` take: (B, k, n) for rows, (B, m, k) for columns, in ascending order,
-    so that all slices together are the matrix as it is.
+    The index is for ``gather`` and ``scatter``: (B, k, n) for rows, (B, m, k) for columns. It is in ascending order, so
+    that with all slices ``gather`` returns the matrix itself.
     """
     _, m, n = matrices.shape
     dim, other = (1, 2) if m <= n else (2, 1)

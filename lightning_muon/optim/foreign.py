@@ -1,4 +1,4 @@
-"""Optimizers of other packages: which ones a hybrid can hold, and the state that only their own methods know."""
+"""Support for optimizers of other packages in a hybrid optimizer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_muon.optim.matrix import MatrixOptimizer
 def construct(
     factory: Callable[[list[dict[str, Any]]], Optimizer], groups: list[dict[str, Any]], owner: str
 ) -> Optimizer:
-    """Call ``factory`` with param groups, and check what it makes.
+    """Call ``factory`` with param groups, and check the result.
 
-    Muon of pytorch-optimizer and its kin, which are told in each group whether to orthogonalize, are told so here.
+    Some optimizers, such as Muon of pytorch-optimizer, need ``use_muon`` in each group; this function adds it.
 
     Raises:
         TypeError: if the optimizer cannot be part of a hybrid; see :func:`check_child`.
-        Exception: whatever the factory raises; the message says which optimizer was to be made, and a note says from
-            what.
+        Exception: if the factory raises. The message then names the optimizer, and a note says what a factory must
+            accept.
     """
     try:
         optimizer = factory(groups)
@@ -48,10 +48,10 @@ def construct(
 
 
 def check_child(name: str, child: Optimizer) -> None:
-    """Refuse an optimizer that cannot be stepped, saved or resumed as part of a hybrid.
+    """Check that an optimizer can be stepped, saved and resumed as part of a hybrid.
 
     Raises:
-        TypeError: names the child, what it needs and what to do.
+        TypeError: if the optimizer wraps another one, or if its step needs a closure.
     """
     kind = type(child).__name__
     wrapped = _wrapped_optimizer(child)
@@ -69,7 +69,7 @@ def check_child(name: str, child: Optimizer) -> None:
 
 
 def check_together(optimizers: Mapping[str, Optimizer]) -> None:
-    """Refuse children that cannot be in one hybrid.
+    """Check that the children can be in one hybrid.
 
     Raises:
         TypeError: if several differentiate the gradients.
@@ -90,34 +90,35 @@ def differentiates_gradients(optimizer: Optimizer) -> bool:
 
 
 def flags_of(child: Optimizer) -> set[str]:
-    """What the groups of an optimizer of another package hold that its constructor has no defaults for."""
+    """Keys in the param groups of an optimizer of another package that are not in its ``defaults``."""
     held = {key for group in child.param_groups for key in group}
     return held - child.defaults.keys() - {"momentum"} if child.defaults else held
 
 
 def has_modes(optimizer: Optimizer) -> bool:
-    """Whether ``train()`` and ``eval()`` exchange the weights, as schedule-free optimizers do."""
+    """Whether the optimizer has ``train()`` and ``eval()``, which swap the weights, as schedule-free optimizers do."""
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
 def extra_entries(child: Optimizer) -> dict[str, Any]:
-    """What the ``state_dict`` of a child holds besides ``state`` and ``param_groups``, e.g. SPAM's warm-up."""
+    """Entries of the ``state_dict`` of a child besides ``state`` and ``param_groups``, e.g. SPAM's warm-up."""
     with _by_itself(child):
         state_dict = child.state_dict()
     return {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
 
 
 def counts_in_groups(child: Optimizer) -> bool:
-    """Whether the param groups may hold counters (``step``, ``k``), so that a parameter that joins late needs a group
-    of its own: its first update would get the bias correction of a late step, and be far too large.
+    """Whether the param groups may hold step counters (``step``, ``k``).
 
-    torch and this package keep all state by parameter; of other packages it is not known.
+    A parameter that joins late then needs a group of its own. Otherwise its first update would get the bias correction
+    of a late step, and would be far too large. torch and this package keep all state per parameter; other packages may
+    not.
     """
     return not isinstance(child, MatrixOptimizer) and not type(child).__module__.startswith("torch.optim.")
 
 
 def add_initial_state(child: Optimizer, group: dict[str, Any]) -> None:
-    """Give a group of a child that makes its state at construction, as Adagrad does, the state of new parameters."""
+    """Add the initial state of new parameters, for a child that creates state in its constructor, as Adagrad does."""
     if child.state.keys().isdisjoint(group["params"]):
         accepted = inspect.signature(type(child)).parameters
         options = {key: value for key, value in child.defaults.items() if key in accepted}
@@ -126,20 +127,20 @@ def add_initial_state(child: Optimizer, group: dict[str, Any]) -> None:
 
 
 def loads_its_own_way(child: Optimizer) -> bool:
-    """Whether a child of another package has a ``load_state_dict`` of its own, which may change the child in place."""
+    """Whether a child of another package overrides ``load_state_dict``, which may change the child in place."""
     return counts_in_groups(child) and type(child).load_state_dict is not Optimizer.load_state_dict
 
 
 def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Let a copy of a child of another package load a state, so that the child itself stays whole if that fails.
+    """Load a state into a copy of a child of another package, so that an error does not damage the child.
 
     Args:
-        child: not changed.
+        child: the child; not changed.
         groups: the param groups that it will have.
-        state_dict: for the child's own ``load_state_dict``.
+        state_dict: argument of its ``load_state_dict``.
 
     Raises:
-        Exception: whatever the child's ``load_state_dict`` raises.
+        Exception: if ``load_state_dict`` of the child raises.
     """
     shared = [parameter for group in groups for parameter in group["params"]]
     shared += [value for state in state_dict["state"].values() for value in _tensors(state)]  # large, and only read
@@ -153,10 +154,10 @@ def rehearse_load(child: Optimizer, groups: list[dict[str, Any]], state_dict: di
 
 
 def check_state_shapes(child: Optimizer) -> None:
-    """Refuse a loaded state that cannot be that of the parameters, where it is known that all state has their shape.
+    """Check the shapes of a loaded state, for optimizers whose state is known to have the shapes of the parameters.
 
     Raises:
-        ValueError: names parameter, entry and shapes.
+        ValueError: if a state entry does not have the shape of its parameter.
     """
     module, kind = type(child).__module__, type(child).__name__
     if not module.startswith(("torch.optim.", "schedulefree.")) or kind == "Adafactor":
@@ -181,7 +182,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any, memo: dict[int, Any], key: str) -> Any:
-    """A deep copy of an attribute; itself where it is the state or cannot be copied."""
+    """A deep copy of an attribute; the attribute itself if it is the state or cannot be copied."""
     if key in ("state", "param_groups"):
         return value
     try:
@@ -192,7 +193,7 @@ def _copied(value: Any, memo: dict[int, Any], key: str) -> Any:
 
 @contextmanager
 def _by_itself(child: Optimizer) -> Iterator[None]:
-    """The child with the states of its own parameters only, as it is outside of a hybrid."""
+    """Context in which the state of a child contains its own parameters only, as outside of a hybrid."""
     shared = child.state
     own = {parameter for group in child.param_groups for parameter in group["params"]}
     child.state = defaultdict(dict, {k: v for k, v in shared.items() if k in own or not isinstance(k, Tensor)})
@@ -216,7 +217,7 @@ def _wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:
-    """By a required argument of ``step``, or by an error for want of a closure that its code raises."""
+    """Whether ``step`` has a required argument, or code that raises ``NoClosureError``."""
     parameters = inspect.signature(optimizer.step).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if any(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters):
@@ -226,13 +227,13 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 
 def _class_name(factory: object) -> str | None:
-    """Name of the class that a factory makes, if it shows: jsonargparse has it among the arguments of a ``partial``."""
+    """Name of the class that a factory makes, if known. jsonargparse passes it as an argument of a ``partial``."""
     parts = [factory.func, *factory.args] if isinstance(factory, functools.partial) else [factory]
     return next((part.__name__ for part in parts if isinstance(part, type)), None)
 
 
 def _name_owner(error: Exception, owner: str, kind: str | None) -> None:
-    """Begin the message of an error with the optimizer that refuses, unless it names the class of that optimizer."""
+    """Put the name of the optimizer before the message of an error, unless the message names its class already."""
     if len(error.args) != 1 or not isinstance(error.args[0], str) or (kind is not None and kind in error.args[0]):
         return
     which = f"{owner}_optimizer" if kind is None else f"{owner}_optimizer ({kind})"
@@ -240,7 +241,7 @@ def _name_owner(error: Exception, owner: str, kind: str | None) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether code of this package raised it, which it does with a sentence of its own."""
+    """Whether code of this package raised the error. Its message needs no note."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""Which gradients a step may use."""
+"""Checks of the gradients before a step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_dense(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def nonfinite_parameters(groups: Iterable[dict[str, Any]]) -> set[Tensor]:
-    """Parameters to leave out of the step, by the ``nonfinite`` of their groups.
+    """Parameters to leave out of the step because of NaN or infinity, by the ``nonfinite`` of their groups.
 
     Raises:
-        FloatingPointError: for NaN or infinity in a group whose ``nonfinite`` is ``"raise"``.
+        FloatingPointError: if a gradient has NaN or infinity in a group whose ``nonfinite`` is ``"raise"``.
     """
     watched = [
         (parameter.grad, parameter, name, group["nonfinite"])

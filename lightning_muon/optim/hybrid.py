@@ -1,4 +1,4 @@
-"""HybridOptimizer: several optimizers that are one ``torch.optim.Optimizer``."""
+"""HybridOptimizer: several optimizers behind one ``torch.optim.Optimizer``."""
 
 from __future__ import annotations
 
@@ -35,33 +35,34 @@ from lightning_muon.partition import ParameterRule, Partition, partition_paramet
 class HybridOptimizer(_ParameterHolder):
     """Several optimizers, each on its own parameters, behind one ``torch.optim.Optimizer``.
 
-    ``param_groups`` holds the very dicts of the children, and all share one ``state``: schedulers, gradient clipping,
-    ``GradScaler``, ``state_dict`` and distributed checkpoints see one flat, ordinary optimizer. Groups have unique
-    names, e.g. ``"other/embedding"`` and ``"matrix"``.
+    ``param_groups`` holds the same dicts as the children, and all share one ``state``. So schedulers, gradient
+    clipping, ``GradScaler``, ``state_dict`` and distributed checkpoints see one flat, ordinary optimizer. Param groups
+    have unique names, e.g. ``"other/embedding"`` and ``"matrix"``.
 
     Args:
         optimizers: the children by name, in the order of their groups. Groups of the child ``"matrix"`` that have no
             ``"name"`` are called ``"matrix"``, or ``"matrix/0"``, ``"matrix/1"``, ... if there are several.
         partition: which parameter belongs to which child. With it, parameters that are frozen now join their child
-            once they are unfrozen, and :meth:`add_param_group` routes parameters by itself.
-        **options: none; the error says what to do for packages that call ``optimizer(params=..., lr=...)``.
+            once they are unfrozen, and :meth:`add_param_group` finds the child of a parameter.
+        **options: not accepted; the error helps with packages that call ``optimizer(params=..., lr=...)``.
 
-    Groups of which all parameters are frozen are in ``param_groups`` from the start, empty, so that schedulers count
-    them; the children see them once they have parameters. A parameter that is unfrozen joins its group, at the learning
-    rate of that group. Optimizers of other packages may count steps in the group: there the parameter joins a group of
-    its own, e.g. ``"matrix/2"``, at the same rate. ``LambdaLR`` and ``CosineAnnealingLR`` of torch refuse groups that
-    are added late; the schedules of this package follow them.
+    If all parameters of a group are frozen, the group is in ``param_groups`` from the start, but empty, so that
+    schedulers count it. Its child gets the group once it has parameters. A parameter that is unfrozen joins its group,
+    at the learning rate of that group. Optimizers of other packages may count steps per group: there the parameter
+    joins a new group, e.g. ``"matrix/2"``, at the same learning rate. ``LambdaLR`` and ``CosineAnnealingLR`` of torch
+    do not support groups that are added late; the schedules of this package do.
 
     Raises:
-        ValueError: if there is no child, if children share a parameter or if two groups have one name.
-        TypeError: if a child is not a ``torch.optim.Optimizer``, wraps another one, or evaluates the model by itself
+        ValueError: if there is no child, if children share a parameter or if two groups have the same name.
+        TypeError: if a child is not a ``torch.optim.Optimizer``, wraps another one, or evaluates the model in its step
             (``LBFGS``).
 
     Example::
 
-        optimizer = HybridOptimizer.from_module(
-            model, matrix=partial(Muon, lr=1e-3), other=partial(torch.optim.AdamW, lr=1e-3)
-        )
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> optimizer = HybridOptimizer.from_module(
+        ...     model, matrix=partial(Muon, lr=1e-3), other=partial(torch.optim.AdamW, lr=1e-3)
+        ... )
     """
 
     def __init__(
@@ -106,11 +107,11 @@ class HybridOptimizer(_ParameterHolder):
 
         Args:
             module: any module; its trainable parameters are optimized.
-            matrix: called with the param groups of the matrices: a class or ``functools.partial``. None: :class:`Muon`.
-            other: called with the param groups of everything else. None: ``torch.optim.AdamW``.
-            rules: what to do differently; see :class:`~lightning_muon.partition.ParameterRule`.
-            partition: the answer of an earlier :func:`~lightning_muon.partition.partition_parameters`, instead of
-                ``rules``.
+            matrix: optimizer of the matrices: a class, or a ``functools.partial`` of one, which is called with their
+                param groups. None for :class:`Muon`.
+            other: optimizer of all other parameters, in the same form. None for ``torch.optim.AdamW``.
+            rules: exceptions to the default partition; see :class:`~lightning_muon.partition.ParameterRule`.
+            partition: result of :func:`~lightning_muon.partition.partition_parameters`, instead of ``rules``.
 
         Raises:
             ValueError: if no parameter is trainable, or a rule sets an option that its optimizer does not have.
@@ -140,7 +141,7 @@ class HybridOptimizer(_ParameterHolder):
         """Perform one step of every child.
 
         Args:
-            closure: re-evaluates the model and returns the loss; run once, first, with gradients enabled.
+            closure: re-evaluates the model and returns the loss. It runs first, once, with gradients enabled.
         """
         loss = None
         if closure is not None:
@@ -153,9 +154,10 @@ class HybridOptimizer(_ParameterHolder):
             self._take_in([entry for entry in unfrozen if entry.parameter.grad is not None])
         self._rates.carry()
         self._momentum.carry(group for group in self.param_groups if not self._has_momentum(group))
-        # Who differentiates the gradients has to do so while all weights are as they were. Matrix optimizers check
-        # everything before they move anything: then they, so that a refused step changes nothing. They get the loss,
-        # which some rules need; others would take a closure for leave to evaluate the model.
+        # A child that differentiates the gradients steps first, because it needs the weights of the backward pass.
+        # Matrix optimizers are next: they check all gradients before they change a weight, so that they raise before
+        # other children have stepped. Only they get a closure, which returns the loss that some rules need. Other
+        # optimizers might call a closure to evaluate the model again.
         for child in self._order:
             if not child.param_groups:  # all its parameters are frozen
                 continue
@@ -167,27 +169,27 @@ class HybridOptimizer(_ParameterHolder):
 
     @property
     def differentiates_gradients(self) -> bool:
-        """Whether a child needs gradients of ``backward(create_graph=True)``, as SophiaH does."""
+        """Whether a child needs ``backward(create_graph=True)``, as SophiaH does."""
         return any(map(foreign.differentiates_gradients, self.optimizers.values()))
 
     def train(self) -> None:
-        """Switch schedule-free children to the weights to train on; others have no such mode. A Trainer calls this."""
+        """Switch schedule-free children to the weights for training. Lightning's Trainer calls this method."""
         self._links.mode = "train"
         self._switch("train")
 
     def eval(self) -> None:
-        """Switch schedule-free children to the weights to evaluate and to save."""
+        """Switch schedule-free children to the weights for evaluation and checkpoints."""
         self._links.mode = "eval"
         self._switch("eval")
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
-        """Call ``observer(update)`` at each step for each stack of matrices that moves, before it does.
+        """Call ``observer(update)`` at each step, for each stack of matrices, before the weights change.
 
-        The same as :meth:`MatrixOptimizer.observe_updates` of every child that is one; what other children do is not
-        observed. Parameters that join later are.
+        This calls :meth:`MatrixOptimizer.observe_updates` of each child that is a :class:`MatrixOptimizer`. Updates of
+        other children are not observed. Parameters that join later are observed too.
 
         Returns:
-            A handle whose ``remove()`` ends it, in all children.
+            A handle whose ``remove()`` removes the observer from all children.
         """
         observed = [child._observers for child in self.optimizers.values() if isinstance(child, MatrixOptimizer)]
         handle = RemovableHandle(OrderedDict(), extra_dict=observed)
@@ -196,22 +198,22 @@ class HybridOptimizer(_ParameterHolder):
         return handle
 
     def state_dict(self) -> dict[str, Any]:
-        """One flat state; what children of other packages keep besides is under ``"children"``, by name."""
+        """Return one flat state. Extra entries of children of other packages are under ``"children"``, by name."""
         state_dict = super().state_dict()
         extras = {owner: foreign.extra_entries(child) for owner, child in self.optimizers.items()}
         return {**state_dict, "children": extras} if any(extras.values()) else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load by parameter name, all of it or, after an error, nothing.
+        """Load a state by parameter name. After an error nothing has changed.
 
-        The order of groups and parameters may have changed. Parameters that are frozen here, and were trained when the
-        state was saved, join; a parameter may be in another group of the same child, and takes the options that this
-        group was saved with. Learning rates are those of the state.
+        The order of groups and parameters may have changed. Parameters that are frozen now, but were trained when the
+        state was saved, join their group. A parameter may have been in another group of the same child: it moves to
+        that group, with the options that were saved. Learning rates are those of the state.
 
         Raises:
-            ValueError: if a parameter is missing, unexpected or with another child than it was, if another class of
-                optimizer saved the state, or if the state does not fit. The optimizer is as it was then.
-            TypeError: if the state is no dict.
+            ValueError: if a parameter is missing, unexpected or belonged to another child, if an optimizer of another
+                class saved the state, or if the state does not fit.
+            TypeError: if the state is not a dict.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = dict(state_dict)  # the hook may change it
@@ -246,7 +248,7 @@ class HybridOptimizer(_ParameterHolder):
             groups = [group for group in matched if group.owner == owner]
             for group in groups:
                 self._routing.owners[group.name] = owner
-                if not isinstance(child, MatrixOptimizer) or not group.params:  # these check it themselves
+                if not isinstance(child, MatrixOptimizer) or not group.params:  # MatrixOptimizer checks it itself
                     check_class(group.options, child, repr(group.name))
             loaded.update({g.name: {**own.get(g.name, {}), **g.live()} for g in groups})
             groups = [group for group in groups if group.params]
@@ -257,7 +259,7 @@ class HybridOptimizer(_ParameterHolder):
                     "param_groups": [group.saved() for group in groups],
                 }
                 tasks.append((child, [loaded[group.name] for group in groups], {**extras.get(owner, {}), **part}))
-        # Children of other packages last: what they do to themselves cannot be undone, so they rehearse it first.
+        # Children of other packages load last, and on a copy first, because their changes cannot be undone.
         tasks.sort(key=lambda task: foreign.loads_its_own_way(task[0]))
         for child, groups_now, part in tasks:
             if foreign.loads_its_own_way(child):
@@ -268,28 +270,28 @@ class HybridOptimizer(_ParameterHolder):
             foreign.check_state_shapes(child)
             state.update(child.state)
             loaded.update({group["name"]: group for group in child.param_groups})
-        # Groups that were built stay, though their parameters may have gone to others; schedulers count on them.
+        # Keep the groups of the start even if their parameters have moved to others: schedulers rely on their number.
         empty: dict[str, Any] = {"params": [], "param_names": []}
         kept = {name: {**own[name], **empty} for name in own.keys() & self._routing.built.keys() - loaded.keys()}
         order = [*own, *(name for name in loaded if name not in own)]
         self.param_groups[:] = [(loaded | kept)[name] for name in order if name in loaded or name in kept]
-        self.state.clear()  # the same objects, which wrappers of Lightning hold
+        self.state.clear()  # in place: wrappers of Lightning hold the same objects
         self.state.update(state)
-        self._links.mode = None  # the groups say which weights were saved
+        self._links.mode = None  # the loaded groups say in which mode they were saved
         self._complete_all()
         self._routing.refresh(self.param_groups)
         self._update_children()
 
     @cached_property
     def _order(self) -> list[Optimizer]:
-        """The children as they step."""
+        """The children in the order in which they step."""
         return sorted(self.optimizers.values(), key=_turn)
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:
-        """Whether the optimizer of a group has a momentum, so that it is not another word for ``betas[0]``."""
+        """Whether the optimizer of a group has its own ``momentum``; if not, ``momentum`` stands for ``betas[0]``."""
         return "momentum" in self.optimizers[self._routing.owner(group)].defaults
 
 
 def _turn(child: Optimizer) -> tuple[bool, bool]:
-    """Sorts the children into the order in which they step."""
+    """Sort key for the order in which the children step."""
     return not foreign.differentiates_gradients(child), not isinstance(child, MatrixOptimizer)

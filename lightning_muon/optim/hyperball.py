@@ -1,4 +1,4 @@
-"""MuonHyperball: Muon's step on the sphere of matrices of one norm."""
+"""MuonHyperball: Muon's step on the sphere of matrices of fixed norm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_muon.partition import MatrixLayout
 
 
 class MuonHyperball(WeightAwareOptimizer, OrthogonalizingOptimizer):
-    r"""Muon with weights and steps of fixed Frobenius norm, so that the learning rate is the relative change a step.
+    r"""Muon with weights and steps of fixed Frobenius norm: the learning rate is the relative change per step.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -25,47 +25,48 @@ class MuonHyperball(WeightAwareOptimizer, OrthogonalizingOptimizer):
         U_t &= \operatorname{orthogonalize}(\tilde M_t) \\
         W_t &= R\, N\big((1 - \eta\lambda)\, W_{t-1} - \eta R\, N(U_t)\big), \qquad N(X) = X / \|X\|_F
 
-    :math:`R` is the norm that the matrix had before its first step, or ``radius``. Blocks of fused weights and experts
-    have a radius each. A matrix whose step is zero, for want of a gradient or with a learning rate of 0, stays as it
-    is.
+    :math:`R` is the norm of the matrix before its first step, or ``radius``. Each block of a fused weight and each
+    expert has its own radius. A matrix whose step is zero, because its gradient or the learning rate is 0, does not
+    change.
 
     Source: Wen et al., arXiv 2606.16899, and an author's code (MuonH in track 3 of
-    github.com/KellerJordan/modded-nanogpt), which takes for :math:`R` the norm before each step instead of the first,
-    and so lets rounding add up, and has no weight decay. NVIDIA's Emerging-Optimizers wants one radius for all
-    matrices, which is ``radius``.
+    github.com/KellerJordan/modded-nanogpt). In that code :math:`R` is the norm before each step instead of the first,
+    so that rounding errors add up, and there is no weight decay. NVIDIA's Emerging-Optimizers has one radius for all
+    matrices, as with ``radius`` here.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
-        lr: learning rate :math:`\eta`, the length of a step in parts of the weights' norm: 0.01 is 1 %. It needs no
-            shape scale, and is not comparable with AdamW's.
+        lr: learning rate :math:`\eta`, the norm of a step relative to that of the weights: 0.01 is 1 %. It needs no
+            shape scale. Learning rates of AdamW do not carry over.
         weight_decay: decoupled weight decay :math:`\lambda`. As the norm is fixed, it only lengthens the step, by
-            :math:`1 / (1 - \eta\lambda)`; with ``cautious`` it turns the weights too.
+            :math:`1 / (1 - \eta\lambda)`; with ``cautious`` it also changes the direction of the weights.
         momentum: :math:`\mu`, from 0 to below 1.
-        nesterov: look one step ahead.
-        radius: norm :math:`R` of every matrix of the group; None for the one that each starts with.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        nesterov: use Nesterov momentum, which looks one step ahead.
+        radius: norm :math:`R` of every matrix of the group; None for the initial norm of each matrix.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own. Radii are float32 at least.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter. Radii are float32 at least.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
-    State: ``momentum_buffer``, one element per weight, and ``radius``, one a matrix. A checkpoint brings the radius
-    back; weights loaded without it, into an optimizer that has made steps, are brought to the old radius by the next.
+    State: ``momentum_buffer``, one element per weight, and ``radius``, one element per matrix. A checkpoint contains
+    the radius. If only the weights are loaded after the first step, the next step scales them to the old radius.
 
-    Cost: Muon's, and three passes over weights and step for norms and scaling.
+    Cost: that of Muon, and three passes over weights and step for norms and scaling.
 
-    Prefer it where the scale of the weights does not matter, because a normalization follows, or is right from the
-    start: there is no weight decay to tune, and the paper keeps one learning rate over widths and depths. Do not use it
-    where weights must grow or shrink: output layers without a gain, LoRA factors and other matrices that start at zero.
+    Prefer it if the scale of the weights does not matter, because a normalization follows, or if it is right from the
+    start: there is no weight decay to tune, and the paper uses one learning rate for all widths and depths. Do not use
+    it if weights must grow or shrink: output layers without a gain, LoRA factors and other matrices that start at zero.
 
     Raises:
-        ValueError: for an argument out of range, for a parameter that cannot be read as matrices, and for a matrix of
-            zeros without ``radius``.
+        ValueError: if an argument is out of range, if a parameter cannot be read as matrices, or if a matrix is zero
+            and there is no ``radius``.
 
     Example::
 
-        optimizer = MuonHyperball(block.linear.parameters(), lr=1e-2)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> optimizer = MuonHyperball([model[0].weight], lr=1e-2)
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class MuonHyperball(WeightAwareOptimizer, OrthogonalizingOptimizer):
                 )
 
     def init_state(self, stack: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        # Measured at the first step: the weights here are rounded to the dtype of the state.
+        # Computed at the first step, because the weights here are rounded to the dtype of the state.
         radius = stack.new_zeros(stack.shape[0], dtype=torch.promote_types(stack.dtype, torch.float32))
         return {**super().init_state(stack, group), "radius": radius}
 
@@ -131,7 +132,7 @@ class MuonHyperball(WeightAwareOptimizer, OrthogonalizingOptimizer):
             radius.copy_(torch.where(radius == 0, _norms(weights), radius))
         step = step.to(weights.dtype)
         norm = _norms(step)
-        moves = (norm != 0) & (lr != 0)  # true for NaN, which goes on
+        moves = (norm != 0) & (lr != 0)  # true for NaN, which must propagate
         step *= (lr * radius / torch.where(norm == 0, 1.0, norm))[:, None, None]
         if group["weight_decay"] != 0:
             amount = lr * group["weight_decay"] * moves.to(weights.dtype)
@@ -151,6 +152,6 @@ def _has_zero_matrix(parameter: Tensor, layout: MatrixLayout) -> bool:
 
 
 def _norms(stack: Tensor) -> Tensor:
-    """(B, m, n) -> (B,) Frobenius norms."""
+    """Frobenius norms: (B, m, n) -> (B,)."""
     norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1)
     return norms

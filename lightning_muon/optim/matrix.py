@@ -1,4 +1,4 @@
-"""MatrixOptimizer: what all rules for matrices share."""
+"""MatrixOptimizer: the base class of all optimizers for matrices."""
 
 from __future__ import annotations
 
@@ -55,36 +55,37 @@ def shape_scale(lr_scale: str, m: int, n: int) -> float:
 
 
 class MatrixOptimizer(Optimizer):
-    r"""Base of the optimizers for matrices: all of a step but the rule, on stacks of same-shaped matrices.
+    r"""Base class of the optimizers for matrices. It does everything in a step except the rule itself.
 
-    A step reads every gradient as matrices (:class:`~lightning_muon.partition.MatrixLayout`), stacks those of one shape
-    as one (B, m, n) tensor, asks the rule for its direction :math:`D` and applies, with learning rate :math:`\eta`,
-    shape scale :math:`s(m, n)` and weight decay :math:`\lambda`,
+    A step reads every gradient as matrices (:class:`~lightning_muon.partition.MatrixLayout`) and stacks the matrices of
+    one shape as one (B, m, n) tensor. The rule returns a direction :math:`D` for each stack. With learning rate
+    :math:`\eta`, shape scale :math:`s(m, n)` and weight decay :math:`\lambda`, the update is
 
     .. math:: W \leftarrow (1 - \eta\lambda) W - \eta\, s(m, n)\, D.
 
-    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`. Those with a momentum derive from
-    :class:`MomentumOptimizer`, those that orthogonalize from :class:`OrthogonalizingOptimizer`. Gradients are never
-    modified; parameters without a gradient are left alone.
+    A rule is a subclass with two methods, :meth:`init_state` and :meth:`direction`. Rules with momentum derive from
+    :class:`MomentumOptimizer`, rules that orthogonalize from :class:`OrthogonalizingOptimizer`. Gradients are never
+    modified. Parameters without a gradient do not change.
 
     Args:
         params: parameters or param groups, as in ``torch.optim``. A group may hold ``"layouts"``, one
-            :class:`~lightning_muon.partition.MatrixLayout` a parameter; without it all parameters must be 2-D. See
+            :class:`~lightning_muon.partition.MatrixLayout` per parameter; without it all parameters must be 2-D. See
             :meth:`HybridOptimizer.from_module` for modules.
-        defaults: default values of the group options: ``lr``, ``weight_decay`` (0 if left out) and the rule's own.
+        defaults: default values of the group options: ``lr``, ``weight_decay`` (0 if left out) and those of the rule.
         lr_scale: shape scale for m rows (fan-out) and n columns (fan-in): ``"match_rms_adamw"``
             :math:`0.2\sqrt{\max(m, n)}`, with which AdamW's learning rates carry over (arXiv 2502.16982);
             ``"original"`` :math:`\sqrt{\max(1, m/n)}`; ``"spectral"`` :math:`\sqrt{m/n}`; ``"none"`` 1.
-        cautious: decay only the entries of W that the update also moves towards zero (arXiv 2510.12402).
-        state_dtype: dtype of the state, e.g. ``"float32"`` or ``torch.bfloat16``; None for each parameter's own.
-            float64 parameters always keep float64 state.
-        nonfinite: what a gradient with NaN or infinity does: ``"propagate"`` as in ``torch.optim``; ``"skip"`` leaves
-            that parameter and its state alone; ``"raise"`` raises ``FloatingPointError`` before anything changes. The
-            last two wait for the device once a step. In a hybrid "skip" protects the matrices, not the other half.
+        cautious: decay only the elements of W that the update also moves towards zero (arXiv 2510.12402).
+        state_dtype: dtype of the state, e.g. ``"float32"`` or ``torch.bfloat16``; None for the dtype of
+            each parameter. float64 parameters always have float64 state.
+        nonfinite: what to do about NaN or infinity in a gradient. ``"propagate"``: update as in ``torch.optim``.
+            ``"skip"``: do not change that parameter and its state. ``"raise"``: raise ``FloatingPointError`` before
+            anything changes. The last two synchronize with the device once per step. In a :class:`HybridOptimizer`,
+            ``"skip"`` protects the matrices, but not the parameters of the other optimizer.
 
     Raises:
-        ValueError: for an option out of range, for one in a param group that the constructor does not take, and for a
-            parameter that cannot be read as matrices.
+        ValueError: if an option is out of range, if a param group has an option that the constructor does not take, or
+            if a parameter cannot be read as matrices.
         TypeError: for a parameter that is not a floating-point tensor, or is sharded (``DTensor``).
     """
 
@@ -98,7 +99,7 @@ class MatrixOptimizer(Optimizer):
         state_dtype: torch.dtype | str | None = "float32",
         nonfinite: NonFinite = "propagate",
     ) -> None:
-        self.layouts: dict[Tensor, MatrixLayout] = {}  # how each parameter is read; may know more than are in groups
+        self.layouts: dict[Tensor, MatrixLayout] = {}  # may have parameters that are in no group
         self._stacks: list[list[MatrixStack]] = []
         self._signatures: list[list[tuple[int, torch.dtype, torch.device]]] = []
         self._observers: OrderedDict[int, UpdateObserver] = OrderedDict()
@@ -113,31 +114,31 @@ class MatrixOptimizer(Optimizer):
             group: the options of the param group.
 
         Returns:
-            Tensors of shape (B, ...): (B, m, n) for elementwise state, (B,) for a scalar a matrix. Empty for a rule
-            without state.
+            Tensors of shape (B, ...): (B, m, n) for elementwise state, (B,) for one scalar per matrix. An empty dict
+            for a rule without state.
         """
         raise NotImplementedError
 
     def direction(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """The rule: the direction D (B, m, n) that the step subtracts, before learning rate and shape scale.
+        """Return the direction D (B, m, n) that the step subtracts, before learning rate and shape scale: the rule.
 
         Args:
             grad: gradients (B, m, n) in the state's dtype; a copy that may be overwritten.
-            state: what :meth:`init_state` returned, to be updated in place.
+            state: the state from :meth:`init_state`; update it in place.
             group: the options of the param group.
         """
         raise NotImplementedError
 
     def decay_factor(self, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor | None:
-        """What a rule multiplies the weight decay by, asked for after :meth:`direction`; None for 1.
+        """Return the factor of the weight decay; None for 1. It is called after :meth:`direction`.
 
         Returns:
-            A tensor that broadcasts to (B, m, n): a factor a matrix, a row or a column.
+            A tensor that broadcasts to (B, m, n): one factor per matrix, row or column.
         """
         return None
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ``ValueError`` for options of a param group that are out of range. Rules extend it for their own."""
+        """Raise ``ValueError`` if an option of a param group is out of range. Rules extend this method."""
         check_non_negative(group, "lr")
         check_non_negative(group, "weight_decay")
         check_choice(group, "lr_scale", tuple(_SCALES))
@@ -151,10 +152,11 @@ class MatrixOptimizer(Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in ``torch.optim``; ``"layouts"`` may hold one layout a parameter.
+        """Add a param group, as in ``torch.optim``. ``"layouts"`` may hold one layout per parameter.
 
         Raises:
-            ValueError: for an option that the constructor does not take, and whatever the constructor raises.
+            ValueError: if the group has an option that the constructor does not take, and as the constructor.
+            TypeError: if ``param_group`` is not a dict, and as the constructor.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -182,13 +184,13 @@ class MatrixOptimizer(Optimizer):
         """Perform one step.
 
         Args:
-            closure: re-evaluates the model and returns the loss; run first, with gradients enabled.
+            closure: re-evaluates the model and returns the loss. It runs first, with gradients enabled.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # What a step refuses, it refuses before anything moves.
+        # Check everything before any weight changes.
         self._refresh_stacks()
         check_dense(self.param_groups)
         nonfinite = nonfinite_parameters(self.param_groups)
@@ -198,28 +200,28 @@ class MatrixOptimizer(Optimizer):
         return loss
 
     def observe_updates(self, observer: UpdateObserver) -> RemovableHandle:
-        """Call ``observer(update)`` at each step for each stack that moves, before it does.
+        """Call ``observer(update)`` at each step, for each stack of matrices, before the weights change.
 
-        The :class:`StackUpdate` has ``members``, ``direction`` (B, m, n) and ``scale`` as the step has them. The
-        direction is lent: read it, clone what is to be kept, and do not write to it. A step calls an observer several
-        times: once for each shape, dtype and device of a param group, more often for many or large matrices.
+        The :class:`StackUpdate` has the ``members``, ``direction`` (B, m, n) and ``scale`` of the step. The step uses
+        the memory of the direction again: do not write to it, and clone what you keep. A step calls an observer
+        several times: once for each shape, dtype and device of a param group, more often for many or large matrices.
 
         Returns:
-            A handle whose ``remove()`` ends it. Without observers nothing is computed or copied for them.
+            A handle whose ``remove()`` removes the observer. Without observers there is no extra cost.
         """
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
         return handle
 
     def parameter_names(self) -> dict[Tensor, str]:
-        """The name by which observers hear of each parameter; unique over all groups."""
+        """The name of each parameter, as observers get it. Names are unique over all groups."""
         return unique_names(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as in ``torch.optim``, but keep the precision in which the state was saved, and copy it.
+        """Load a state as in ``torch.optim``, but copy its tensors and keep their dtypes.
 
         Raises:
-            ValueError: if the state does not fit the parameters, or is that of another rule. Nothing is changed then.
+            ValueError: if the state does not fit the parameters, or was saved by another rule. Nothing changes then.
         """
         with unchanged_on_error(self):
             saved = check_form(state_dict)
@@ -229,18 +231,18 @@ class MatrixOptimizer(Optimizer):
             try:
                 stacks = self._bind_loaded_state() if loaded else []
             except ValueError:
-                check_classes(saved, self)  # the better reason
+                check_classes(saved, self)  # its message is more useful
                 raise
             check_entries(loaded, stacks, self, saved)
             check_classes(saved, self)
 
     def _bind_loaded_state(self) -> list[MatrixStack]:
-        """Bind the state that was loaded, and return its stacks.
+        """Bind the loaded state and return its stacks.
 
-        Parameters that are frozen now, but have been trained, need no memory: they are bound on a copy.
+        Parameters that have a state but are frozen now are bound on a copy, only to check their state.
 
         Raises:
-            ValueError: if the state does not fit the parameters, as that of another model.
+            ValueError: if the state does not fit the parameters, e.g. because it belongs to another model.
         """
         self._refresh_stacks()
         stacks = [stack for stacks in self._stacks for stack in stacks]
@@ -257,8 +259,8 @@ class MatrixOptimizer(Optimizer):
         return {**super().__getstate__(), "layouts": self.layouts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # States saved by an older version, or by torch.optim.Muon, lack some options. The base class adds
-        # "differentiable" to its defaults on unpickling, which is no option of ours.
+        # States saved by an older version, or by torch.optim.Muon, lack some options. On unpickling, the
+        # base class adds "differentiable" to its defaults; it is not an option of this class.
         defaults = state.get("defaults") or self.defaults
         for group in state["param_groups"]:
             for key in defaults.keys() - {"differentiable"}:
@@ -271,7 +273,7 @@ class MatrixOptimizer(Optimizer):
     def _checked_layouts(
         self, group: dict[str, Any], layouts: Sequence[MatrixLayout] | None
     ) -> dict[Tensor, MatrixLayout]:
-        """How each parameter of a new group is read: as given, as ``self.layouts`` has it, or as the matrix it is."""
+        """The layout of each parameter of a new group: from ``layouts``, else ``self.layouts``, else a 2-D matrix."""
         parameters = group["params"]
         if layouts is not None and len(layouts) != len(parameters):
             raise ValueError(f"A group of {len(parameters)} parameters needs as many layouts, got {len(layouts)}.")
@@ -282,7 +284,7 @@ class MatrixOptimizer(Optimizer):
         }
 
     def _refresh_stacks(self) -> None:
-        """Bring the stacks up to date with the parameters that take part now, and bind them to ``self.state``."""
+        """Rebuild the stacks if the trainable parameters have changed, and bind them to ``self.state``."""
         del self._stacks[len(self.param_groups) :], self._signatures[len(self.param_groups) :]
         for index, group in enumerate(self.param_groups):
             active = [p for p in group["params"] if _takes_part(p)]
@@ -316,7 +318,7 @@ class MatrixOptimizer(Optimizer):
     def _move(
         self, stack: MatrixStack, members: list[StackMember], state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
-        """Apply the rule to the members of a stack, all of which have gradients."""
+        """Apply the rule to members of a stack. All of them have gradients."""
         direction = self.direction(stack.gather_grads(members), state, group)
         self._check_answer("direction", direction, members, stack)
         factor = self.decay_factor(state, group) if group["weight_decay"] != 0 else None
@@ -340,7 +342,7 @@ class MatrixOptimizer(Optimizer):
             observer(update)
 
     def _check_answer(self, method: str, answer: Any, members: list[StackMember], stack: MatrixStack) -> None:
-        """Raise ``ValueError`` unless a rule answered with one matrix for each of the members."""
+        """Raise ``ValueError`` unless a rule returned one matrix for each matrix of the members."""
         expected = (sum(member.count for member in members), *stack.shape)
         if not isinstance(answer, Tensor) or answer.shape != expected:
             found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
@@ -351,5 +353,5 @@ class MatrixOptimizer(Optimizer):
 
 
 def _takes_part(parameter: Tensor) -> bool:
-    """Whether a parameter is in the stacks: frozen ones need no memory."""
+    """Whether a parameter is in the stacks. Frozen parameters are not, which saves memory."""
     return parameter.requires_grad or parameter.grad is not None

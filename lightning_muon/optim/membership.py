@@ -1,4 +1,4 @@
-"""The parameters of a hybrid: how they join its children and leave them, and what ties its param groups to theirs."""
+"""The parameters of a hybrid optimizer: how they join its children and leave them."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Links:
-    """What ties a hybrid to its children, beside the groups and the state that they share.
+    """Bookkeeping of a hybrid optimizer about its children.
 
-    One object, because wrappers such as Lightning's share our attributes but keep to themselves those that they set.
+    It is one object, because Lightning's wrapper of an optimizer shares the attributes of the optimizer, but an
+    attribute that is set on the wrapper stays on the wrapper.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
-    """``param_groups`` as the children last got them."""
+    """``param_groups`` when the children were last updated."""
     mode: str | None = None
-    """Which of ``"train"`` and ``"eval"`` was called last."""
+    """``"train"`` or ``"eval"``: the method that was called last; None before the first call."""
     stateful: list[str] = field(default_factory=list)
-    """Names of children that make their state at construction."""
+    """Names of the children that create their state in the constructor."""
 
 
 class _ParameterHolder(Optimizer):
-    """The half of :class:`~lightning_muon.optim.HybridOptimizer` that knows which child has which parameters.
+    """Base class of :class:`~lightning_muon.optim.HybridOptimizer`: knows which child has which parameters.
 
-    ``param_groups`` holds the very dicts of the children, and those groups that are empty as all their parameters are
-    frozen; all share one ``state``. Which child has a group is kept by the name of the group, in ``_routing``; the
-    children's own lists follow from that.
+    ``param_groups`` holds the same dicts as the children, and the empty groups whose parameters are all frozen. All
+    share one ``state``. ``_routing`` maps the name of a group to its child; the ``param_groups`` of the children are
+    derived from that.
     """
 
     optimizers: dict[str, Optimizer]
@@ -62,24 +63,24 @@ class _ParameterHolder(Optimizer):
 
     @property
     def partition(self) -> Partition | None:
-        """Which parameter belongs to which child, and why; None where the children were made by hand."""
+        """Which parameter belongs to which child, and why; None if the constructor got no partition."""
         return self._routing.partition
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters in groups of their own, e.g. to train a layer that is unfrozen at another learning rate.
+        """Add parameters in new param groups, e.g. to train an unfrozen layer at another learning rate.
 
-        Parameters that the partition knows go where it sends them, split into several groups if need be; options in
-        ``param_group`` apply to all of them. Others need a ``"name"`` that begins with a child's, e.g. ``"other/new"``.
-        What is not given is as in the group that they would have been in from the start.
+        Parameters that are in the partition go to the child that it names, in several groups if needed. The options in
+        ``param_group`` apply to all of these groups. Other parameters need a ``"name"`` that begins with the name of a
+        child, e.g. ``"other/new"``. Options that are not given are those of the group that the parameters would have
+        been in from the start.
 
-        ``lr`` is the rate at the peak of the schedule: where a scheduler has the other groups, the new one starts where
-        they are. Several groups of one call follow the ``lr`` of the last, ``param_groups[-1]``, which is the one that
-        ``BackboneFinetuning`` sets, until somebody gives them their own.
+        ``lr`` is the learning rate at the peak of the schedule: if a scheduler has changed the other groups, the new
+        one starts at the same point of the schedule. If one call adds several groups, they follow the ``lr`` of the
+        last one, ``param_groups[-1]``, which ``BackboneFinetuning`` sets, until their own ``lr`` is set.
 
         Raises:
-            ValueError: if nothing says where a parameter belongs, if a parameter has an optimizer already, for an
-                option that the optimizer does not have, or if that optimizer refuses the group. Nothing is changed
-                then.
+            ValueError: if it is unknown which child a parameter belongs to, if a parameter has an optimizer already, if
+                the optimizer does not have an option, or if the optimizer refuses the group. Nothing changes then.
         """
         if self._constructing:
             super().add_param_group(param_group)
@@ -95,20 +96,20 @@ class _ParameterHolder(Optimizer):
             self._update_children()
 
     def adopt(self, partition: Partition) -> list[ParameterAssignment]:
-        """Go on with a new partition of the module, after layers were added, replaced, renamed or removed.
+        """Use a new partition of the module, after layers were added, replaced, renamed or removed.
 
-        Parameters that are new, and trainable, join the groups that the partition sends them to; those that are new
-        and frozen join once they are unfrozen. Known ones stay where they are, under their new names, and those that
-        the module lost leave, with their state.
+        New trainable parameters join the groups that the partition names; new frozen ones join once they are unfrozen.
+        Known parameters stay in their groups, with their new names. Parameters that are no longer in the module are
+        removed, with their state.
 
         Args:
-            partition: of the same module; see :func:`~lightning_muon.partition.partition_parameters`.
+            partition: new partition of the same module; see :func:`~lightning_muon.partition.partition_parameters`.
 
         Returns:
-            The entries that joined.
+            The entries of the partition that joined.
 
         Raises:
-            ValueError: names the parameters that no child takes. Nothing is changed then.
+            ValueError: if no child takes a parameter. Nothing changes then.
         """
         with unchanged_on_error(self, *self.optimizers.values()):
             before = {entry.parameter: entry for entry in self.partition or ()}
@@ -135,11 +136,10 @@ class _ParameterHolder(Optimizer):
         return joining
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in ``torch.optim``; and parameters that were frozen so far, and take gradients now, join their groups.
+        """Reset the gradients as in ``torch.optim``, and let parameters that were unfrozen join their groups.
 
-        So they are among ``param_groups`` when gradients are clipped or unscaled. Those whose first gradient
-        came without a call of this method join in :meth:`step`; with a ``GradScaler``, call this one rather than the
-        module's.
+        So they are in ``param_groups`` when gradients are clipped or unscaled. Without a call of this method they join
+        in :meth:`step`. With a ``GradScaler``, call this method rather than ``zero_grad`` of the module.
         """
         if self._routing.waiting:
             self._take_in([entry for entry in self._routing.waiting if not entry.frozen])
@@ -147,7 +147,7 @@ class _ParameterHolder(Optimizer):
         super().zero_grad(set_to_none)
 
     def _take_in(self, entries: Sequence[ParameterAssignment]) -> None:
-        """Let parameters of the partition, so far in no group, join."""
+        """Let parameters of the partition that are in no group join their groups."""
         if not entries:
             return
         together: dict[tuple[str, str], list[ParameterAssignment]] = {}
@@ -162,7 +162,7 @@ class _ParameterHolder(Optimizer):
         _log.info("%d parameters that take gradients now joined the optimizer.", len(entries))
 
     def _join(self, owner: str, name: str, entries: Sequence[ParameterAssignment]) -> None:
-        """Let parameters join the group that they belong to, or one like it with counters of its own."""
+        """Let parameters join their group, or a new group if the child counts steps per group."""
         child = self.optimizers[owner]
         members = {"params": [e.parameter for e in entries], "param_names": [e.name for e in entries]}
         group = next((group for group in self.param_groups if group["name"] == name), None)
@@ -170,7 +170,7 @@ class _ParameterHolder(Optimizer):
         if group is None or (group["params"] and foreign.counts_in_groups(child)):
             self._add_group(owner, {**entries[0].options, "name": name, **members})
             return
-        add_group(child, {**group, **members})  # checks them, and prepares what it needs
+        add_group(child, {**group, **members})  # the child checks and completes the group
         joined = child.param_groups.pop()
         self._add_initial_state(owner, joined)
         params, names = [*group["params"], *joined["params"]], [*group["param_names"], *joined["param_names"]]
@@ -178,7 +178,7 @@ class _ParameterHolder(Optimizer):
         group["params"], group["param_names"] = self._routing.in_order(params, names)
 
     def _add_group(self, owner: str, group: dict[str, Any], lr: Any = None) -> dict[str, Any]:
-        """Add a new group to a child: with the options given, else with those of the group of that name."""
+        """Add a new group to a child. Options that are not given are those of the group of the same name."""
         self._name_groups()
         taken = {parameter for own in self.param_groups for parameter in own["params"]}
         if not taken.isdisjoint(group["params"]):
@@ -212,19 +212,19 @@ class _ParameterHolder(Optimizer):
             self._complete(group, self._routing.owner(group))
 
     def _complete(self, group: dict[str, Any], owner: str) -> None:
-        """Give a group what each has: names to load by, the class of its optimizer, and a momentum to log."""
+        """Add the class of its optimizer, parameter names and ``momentum`` to a group."""
         group[OPTIMIZER_KEY] = class_label(self.optimizers[owner])
         self._set_param_names(group)
         self._momentum.add(group)
 
     def _set_param_names(self, group: dict[str, Any]) -> None:
-        # torch wants all groups or none to have names.
+        # torch requires that all groups have param_names, or none.
         if "param_names" not in group:
             known = {entry.parameter: entry.name for entry in self.partition or ()}
             group["param_names"] = [known.get(p, f"{group['name']}[{i}]") for i, p in enumerate(group["params"])]
 
     def _name_groups(self) -> None:
-        """Name the groups that others put into ``param_groups`` without one, and keep which child has them."""
+        """Name the groups that others put into ``param_groups`` without a name, and note the child of each group."""
         for group in self.param_groups:
             owner = self._routing.owner(group)
             if "name" not in group:
@@ -241,13 +241,13 @@ class _ParameterHolder(Optimizer):
         return unused
 
     def _children_are_up_to_date(self) -> bool:
-        """False once somebody assigned other groups or another state, as Lightning's BaseFinetuning does on resume."""
+        """False if groups or state were replaced from outside, as Lightning's BaseFinetuning does on resume."""
         groups, linked = self.param_groups, self._links.groups
         same_groups = len(groups) == len(linked) and not any(map(operator.is_not, groups, linked))
         return same_groups and all(child.state is self.state for child in self.optimizers.values())
 
     def _update_children(self) -> None:
-        """Give each child its groups, as far as they have parameters, and the state of all."""
+        """Give each child the shared state and those of its groups that have parameters."""
         links = self._links
         self._rates.carry()
         self._name_groups()
@@ -258,11 +258,11 @@ class _ParameterHolder(Optimizer):
         links.groups = list(self.param_groups)
         self._momentum.remember(self.param_groups)
         self._rates.remember(self.param_groups)
-        if links.mode is not None:  # new groups begin in the other one
+        if links.mode is not None:  # new groups may be in the other mode
             self._switch(links.mode)
 
     def _switch(self, mode: str) -> None:
-        """Call ``train`` or ``eval`` of the children that have these modes."""
+        """Call ``train()`` or ``eval()`` of the children that have these modes."""
         for child in self.optimizers.values():
             if foreign.has_modes(child):
                 getattr(child, mode)()

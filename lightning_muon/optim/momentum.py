@@ -1,4 +1,4 @@
-"""MomentumOptimizer: the base of the rules that average gradients."""
+"""MomentumOptimizer: the base class of the rules with momentum."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from lightning_muon.optim.matrix import MatrixOptimizer
 
 
 class MomentumOptimizer(MatrixOptimizer):
-    """Base of rules with a moving average of the gradients, ``momentum_buffer``: one element per weight.
+    """Base class of rules with a moving average of the gradients, ``momentum_buffer``: one element per weight.
 
-    A rule is a subclass with :meth:`~MatrixOptimizer.direction`, in which it calls :meth:`momentum`, and with
-    ``momentum`` among its defaults; ``nesterov`` may be there too.
-    Arguments and errors are those of :class:`MatrixOptimizer`.
+    A rule is a subclass whose :meth:`~MatrixOptimizer.direction` calls :meth:`momentum`. Its defaults include ``momentum``, and may
+    include ``nesterov``. Arguments and errors are those of :class:`MatrixOptimizer`.
     """
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -30,9 +29,10 @@ class MomentumOptimizer(MatrixOptimizer):
         return {"momentum_buffer": torch.zeros_like(stack)}
 
     def momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        r"""Moving average :math:`M \leftarrow \mu M + (1-\mu) G`, looking ahead if the group has ``nesterov``.
+        r"""Update and return the moving average :math:`M \leftarrow \mu M + (1-\mu) G`.
 
-        Updates ``state["momentum_buffer"]``. The result has the memory of ``grad`` and may be overwritten.
+        If ``nesterov`` is set, the result is :math:`\mu M + (1-\mu) G` with the new :math:`M`. The result uses the
+        memory of ``grad`` and may be overwritten; ``state["momentum_buffer"]`` is updated in place.
         """
         buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - group["momentum"])

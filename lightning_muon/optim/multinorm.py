@@ -1,4 +1,4 @@
-"""SWAN and SinkGD: the gradient brought to several norms at once, without state."""
+"""SWAN and SinkGD: rules without state, which normalize the gradient in several ways."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_muon.optim.matrix import MatrixOptimizer, NonFinite
 
 
 class _StatelessOptimizer(MatrixOptimizer):
-    """A rule that knows this step's gradient only."""
+    """A rule that uses only the gradient of the current step."""
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -28,7 +28,7 @@ class _StatelessOptimizer(MatrixOptimizer):
 
 
 class SWAN(_StatelessOptimizer):
-    r"""SWAN: SGD whose gradient is standardised by row and then whitened. No state.
+    r"""SWAN: SGD with a gradient that is standardized by row and then whitened. It has no state.
 
     .. math::
         \tilde G_{ij} &= (G_{ij} - \mu_i) / \sigma_i, \qquad \mu_i, \sigma_i \text{ mean and standard deviation of row }
@@ -38,37 +38,38 @@ class SWAN(_StatelessOptimizer):
         W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, D
 
     Whitening runs on the smaller side (:func:`~lightning_muon.linalg.whiten`), in float32 or float64. With exact
-    whitening :math:`O` would be the polar factor, that is Muon without momentum of the standardised gradient. The root
-    mean square of D is :math:`\rho` (less where rows are constant: such a row, as of zeros or of a single column,
-    becomes zero).
+    whitening :math:`O` would be the polar factor: Muon without momentum, of the standardized gradient. The root mean
+    square of D is :math:`\rho`. It is less if rows are constant (zeros, or a single column), because such a
+    row becomes zero.
 
-    Source: arXiv 2412.13148. The authors have published no code; the constants are as re-implementers report them.
-    Their ``beta`` of 0.8 with 10 steps does not converge: small singular values come up fast, but then all of them
-    wander about between 0.56 and 1.6, whatever the number of steps. 0.5 converges to 1, more slowly (30 steps for
-    1e-4). As printed, the paper's standardisation divides by a sum where the standard deviation must be meant. The
-    paper has the update's root mean square at 1, which is ``rms=1``, and no weight decay.
+    Source: arXiv 2412.13148. The authors have published no code; the constants are those of re-implementations. With
+    their ``beta`` of 0.8 and 10 steps the iteration does not converge: small singular values grow fast, but then all of
+    them stay between 0.56 and 1.6, for any number of steps. With 0.5 it converges to 1, but more slowly (30 steps for
+    1e-4). The paper's equation for standardization divides by a sum; the standard deviation must be meant. In the paper
+    the update has a root mean square of 1, which is ``rms=1``, and there is no weight decay.
 
-    Prefer it to Muon where memory allows no momentum and batches are large. Adam's state remains for what is no matrix.
+    Prefer it to Muon if there is no memory for a momentum and batches are large. Parameters that are not matrices still
+    need the state of their optimizer, e.g. AdamW.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
-        rms: :math:`\rho`, root mean square of the update's entries, above 0; with 0.2 AdamW's learning rates carry
+        rms: :math:`\rho`, root mean square of the update's elements, above 0; with 0.2 AdamW's learning rates carry
             over.
         beta: step of the whitening iteration, above 0 and at most 0.866.
         steps: number of whitening iterations.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        state_dtype: dtype in which gradients are read; None for each parameter's own. There is no state.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        state_dtype: dtype in which gradients are read; None for the dtype of each parameter. There is no state.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: none.
 
-    Cost: ten iterations of two matrix products in float32, where Muon has five of three, in bfloat16 where that is
-    faster.
+    Cost: ten iterations of two matrix products in float32. Muon has five iterations of three products, in bfloat16 if
+    that is faster.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -96,16 +97,16 @@ class SWAN(_StatelessOptimizer):
         standard = _standardized_rows(grad.to(torch.promote_types(grad.dtype, torch.float32)))
         norm = torch.linalg.vector_norm(standard, dim=(-2, -1), keepdim=True).mul_(group["rms"])
         white = whiten(standard, group["beta"], group["steps"], overwrite=True)
-        # Rows of mean 0 stay so. In tall matrices their rounding error is all there is in one direction, which
-        # whitening enlarges to the size of the others.
+        # Set the mean of each row to 0 again: in tall matrices, whitening enlarges the rounding error in this direction
+        # to the size of the other directions.
         white.sub_(white.mean(dim=-1, keepdim=True))
         return normalized(white, 1.0, white.dtype, overwrite=True).mul_(norm)
 
 
 class SinkGD(_StatelessOptimizer):
-    r"""SinkGD: SGD whose gradient has rows and columns brought to equal norms by Sinkhorn sweeps. No state.
+    r"""SinkGD: SGD with a gradient whose rows and columns get equal norms by Sinkhorn sweeps. It has no state.
 
-    From :math:`X = G`, each sweep is
+    Starting from :math:`X = G`, each sweep is
 
     .. math::
         X_{i,:} &\leftarrow \sqrt n\, X_{i,:} / \|X_{i,:}\|_2 \quad\text{for each row,} \qquad
@@ -113,12 +114,12 @@ class SinkGD(_StatelessOptimizer):
         D &= \rho\, X \\
         W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, D
 
-    The columns of :math:`X` end with norm :math:`\sqrt m` exactly, its rows with nearly :math:`\sqrt n`, so that the
-    root mean square of D is :math:`\rho`. Zero rows and columns stay zero and are left out of that. The scale of the
-    gradient does not matter, nor, nearly, that of its single rows and columns.
+    At the end the columns of :math:`X` have norm :math:`\sqrt m` exactly and its rows nearly :math:`\sqrt n`, so that
+    the root mean square of D is :math:`\rho`. Zero rows and columns stay zero and do not count. The scale of the
+    gradient does not matter, and that of single rows and columns hardly does.
 
     Source: arXiv 2502.06742. The published step :math:`\eta \cdot 0.05\, X` equals this one at ``rms=0.2`` with a
-    quarter of that learning rate; the factor 0.05 is as re-implementers report it. The paper has no weight decay.
+    quarter of that learning rate; the factor 0.05 is that of re-implementations. The paper has no weight decay.
 
     Prefer it to Muon where memory allows no momentum, matrices are large and so are batches. Adam's state remains for
     what is no matrix.
@@ -127,20 +128,20 @@ class SinkGD(_StatelessOptimizer):
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
-        rms: :math:`\rho`, root mean square of the update's entries, above 0; with 0.2 AdamW's learning rates carry
+        rms: :math:`\rho`, root mean square of the update's elements, above 0; with 0.2 AdamW's learning rates carry
             over.
         sweeps: number of sweeps over rows and columns.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        state_dtype: dtype in which gradients are read; None for each parameter's own. There is no state.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        state_dtype: dtype in which gradients are read; None for the dtype of each parameter. There is no state.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: none.
 
-    Cost: no matrix product, but some eight passes over the gradient a sweep: far less than Muon's for large matrices,
-    not much less for small ones.
+    Cost: no matrix product, but about eight passes over the gradient per sweep: far less than Muon's for large
+    matrices, not much less for small ones.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -170,8 +171,8 @@ class SinkGD(_StatelessOptimizer):
 
 
 def _standardized_rows(grad: Tensor) -> Tensor:
-    """Rows with mean 0 and root mean square 1, in the memory of ``grad``; constant rows become zero."""
-    # Division by the largest entry keeps squares in range, and makes a constant row exactly constant: 1 or -1.
+    """Scale rows in place to mean 0 and root mean square 1; constant rows become zero."""
+    # Division by the largest element keeps squares in range, and makes a constant row exactly constant: 1 or -1.
     largest = largest_magnitude(grad, -1)
     grad.div_(torch.where(largest == 0, 1.0, largest))
     grad.sub_(grad.mean(dim=-1, keepdim=True))

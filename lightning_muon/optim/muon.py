@@ -14,7 +14,7 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
 class Muon(OrthogonalizingOptimizer):
-    r"""Muon: the polar factor of the momentum, so that every direction of a matrix moves at the same rate.
+    r"""Muon: the update is the orthogonalized momentum, so that all its singular values are equal.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -24,39 +24,40 @@ class Muon(OrthogonalizingOptimizer):
         W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n)\, O_t
 
     Source: Keller Jordan, https://kellerjordan.github.io/posts/muon; weight decay and the default scale from Moonlight,
-    arXiv 2502.16982. With ``lr_scale="original"`` or ``"match_rms_adamw"`` it is ``torch.optim.Muon`` with the same
-    ``adjust_lr_fn``, batched, for convolutions, fused projections and experts too.
+    arXiv 2502.16982. With ``lr_scale="original"`` or ``"match_rms_adamw"`` it equals ``torch.optim.Muon`` with the same
+    ``adjust_lr_fn``, but works on stacks of matrices, and also takes convolutions, fused projections and experts.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1.
-        nesterov: look one step ahead.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
-        lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`. With ``"match_rms_adamw"`` the entries of
-            the update have root mean square 0.2, AdamW's usual size.
+        nesterov: use Nesterov momentum, which looks one step ahead.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
+        lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`. With ``"match_rms_adamw"`` the root mean
+            square of the update is 0.2, as is usual with AdamW.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer``, one element per weight.
 
-    Cost: five iterations of three matrix products each, 20 m^2 n + 10 m^3 operations for m <= n. Beside the forward and
-    backward pass of a Linear layer, 6 m n operations a token, that is little for thousands of tokens a batch.
+    Cost: five iterations of three matrix products each, 20 m^2 n + 10 m^3 operations for m <= n. The forward and
+    backward pass of a Linear layer takes 6 m n operations per token, so that with thousands of tokens per batch the
+    cost is small.
 
-    Prefer it to its relatives as the one that is known best; :class:`~lightning_muon.optim.NorMuon` costs next to
-    nothing more.
+    Prefer it to its variants because it is the best known; :class:`~lightning_muon.optim.NorMuon` costs hardly more.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
 
     Example::
 
-        optimizer = Muon(block.linear.parameters(), lr=1e-3)
-        optimizer = HybridOptimizer.from_module(model, matrix=partial(Muon, lr=1e-3))
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> optimizer = Muon([model[2].weight], lr=1e-3)
+        >>> optimizer = HybridOptimizer.from_module(model, matrix=partial(Muon, lr=1e-3))
     """
 
     def __init__(

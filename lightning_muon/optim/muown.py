@@ -15,14 +15,14 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 
 _SHORTEST = 1e-12
-"""Length that a row is taken to have at least, so that rows of zeros have a direction to grow in."""
+"""Lower bound of the length of a row, so that rows of zeros can grow."""
 
 
 class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
-    r"""Muown: weights as magnitude times direction, row by row, with Adam for the magnitudes and Muon for the rest.
+    r"""Muown: splits each row of the weights into magnitude and direction. Adam updates the first, Muon the second.
 
-    Row :math:`i` of the weights is :math:`W_i = g_i u_i` with :math:`u_i = v_i / \|v_i\|`, a magnitude for each output
-    unit and a direction. The gradient by each follows from that by W,
+    Row :math:`i` of the weights is :math:`W_i = g_i u_i` with :math:`u_i = v_i / \|v_i\|`: a magnitude and a direction
+    for each output unit. Their gradients follow from the gradient of W:
 
     .. math::
         \gamma_i &= \langle G_i, u_i \rangle, \qquad
@@ -34,57 +34,59 @@ class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
         W_{t,i} &= g_{t,i}\, v_{t,i} / \|v_{t,i}\| - \eta\lambda\, W_{t-1,i}
 
     where :math:`\hat p` and :math:`\hat q` are the bias-corrected averages of :math:`\gamma` and :math:`\gamma^2`, as
-    in Adam. At the start :math:`v = W` and :math:`g_i = \|W_i\|`. After a step with weight decay :math:`g_i` is the
-    length of row i again, with its sign, and the direction is that of the decayed row. As :math:`\Gamma_i` is
-    orthogonal to :math:`v_i`, the directions :math:`v` tend to grow longer, which makes the later turns smaller, as
-    under weight normalization.
+    in Adam. At the start :math:`v = W` and :math:`g_i = \|W_i\|`. After a step with weight decay, :math:`g_i` is set to
+    the length of row i, with its sign, and the direction is that of the decayed row. Because :math:`\Gamma_i` is
+    orthogonal to :math:`v_i`, the length of :math:`v_i` tends to grow, which makes later turns smaller, as with weight
+    normalization.
 
-    Of v only the length is kept; the rest is read off the weights. So weights changed from outside, by loading or
-    averaging, count as they are: a row that differs from its magnitude in length by more than rounding (1 part in 128
-    in bfloat16, 1e-7 in float32) gives it a new one of the same sign. The averages stay, as in every optimizer. In
-    float16 a row of zeros cannot leave zero, because its first steps are too small for that format; in bfloat16 and
-    float32 it can.
+    Only the length of v is stored; its direction is read from the weights. So the rule follows weights that were
+    changed from outside, by loading or averaging: if the length of a row differs from its magnitude by more than
+    rounding (1 part in 128 in bfloat16, 1e-7 in float32), the magnitude becomes that length, with the same sign. The
+    averages stay, as in every optimizer. In float16 a row of zeros stays zero, because its first steps are too small
+    for that format; in bfloat16 and float32 it can grow.
 
-    Source: Lion et al., arXiv 2605.10797, and the authors' code (github.com/kcc-lion/muown), whose defaults these are
-    but for the learning rate (there 3e-4), weight decay of 0 among them: the method is meant to hold the norms without
-    it. Three things differ. A magnitude that has crossed zero keeps its sign when it is read again after a decay; there
-    it becomes positive, against the averages. A weight three times as tall as wide is one matrix here unless its layout
-    splits it; there it always counts as a fused query, key and value. The authors' distributed class, which also
-    shrinks the magnitudes first, decays more than their other one, which is followed here. NVIDIA's
-    Emerging-Optimizers has neither the look-ahead nor a decay of anything but the magnitudes.
+    Source: Lion et al., arXiv 2605.10797, and the authors' code (github.com/kcc-lion/muown). The defaults are those of
+    the authors, except for the learning rate (theirs is 3e-4). Their weight decay is 0 too, because the method should
+    keep the norms without it. Three things differ. First, a magnitude that has crossed zero keeps its sign when it is
+    read again after a decay; in their code it becomes positive, which contradicts the averages. Second, a weight three
+    times as tall as wide is one matrix here unless its layout splits it; in their code it is always a fused query, key
+    and value. Third, the authors' distributed class also shrinks the magnitudes first, and so decays more than their
+    other class; this class follows the other one. NVIDIA's Emerging-Optimizers has no Nesterov momentum and decays only
+    the magnitudes.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
-        lr: learning rate :math:`\eta` of both parts.
+        lr: learning rate :math:`\eta` of magnitudes and directions.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1, for the directions.
-        nesterov: look one step ahead, in the directions.
-        magnitude_betas: decay of the averages :math:`p` and :math:`q`, from 0 to below 1.
+        nesterov: use Nesterov momentum for the directions, which looks one step ahead.
+        magnitude_betas: decay rates of the averages :math:`p` and :math:`q`, from 0 to below 1.
         eps: :math:`\epsilon`, above 0.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)` of the directions; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own. What there is one of a row is float32 at
-            least, so that parameters of less precision still gather small changes of length.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter. State with one element per row is
+            float32 at least, so that small changes of length add up for parameters of less precision.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer``, one element per weight; ``magnitude``, ``direction_norm``, ``magnitude_exp_avg`` and
-    ``magnitude_exp_avg_sq``, one a row; ``step``, one a matrix. Muon's memory and next to nothing.
+    ``magnitude_exp_avg_sq``, one element per row each; ``step``, one per matrix. That is hardly more than Muon's
+    memory.
 
-    Cost: Muon's, and some six passes over weights and gradient.
+    Cost: that of Muon, and about six passes over weights and gradient.
 
-    Prefer it to Muon where the spectral norm of the weights creeps up in long runs, or where runs depend much on
-    weight decay and learning rate: the length of rows, which drives that growth, has its own variable and adaptive
-    step.
+    Prefer it to Muon if the spectral norm of the weights grows slowly in long runs, or if results depend much on weight
+    decay and learning rate. That growth comes from the lengths of the rows, which have their own adaptive step here.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
 
     Example::
 
-        optimizer = Muown(block.linear.parameters(), lr=1e-3)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> optimizer = Muown([model[0].weight], lr=1e-3)
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
         weights = read_weights()
         magnitude, norm = state["magnitude"], state["direction_norm"]
         lengths = _row_lengths(weights).copysign_(magnitude)  # weights / lengths are the directions u
-        # Rounding to the parameter's dtype changes the length of a row by less than eps. More came from outside.
+        # Rounding to the parameter's dtype changes the length of a row by less than eps. Larger changes are external.
         changed = (lengths - magnitude).abs() > torch.finfo(read_weights.dtype).eps * magnitude.abs()
         magnitude.copy_(torch.where(changed, lengths, magnitude))
 
@@ -151,15 +153,15 @@ class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
         gradient.addcmul_(weights, (along / lengths).unsqueeze(2), value=-1).mul_((magnitude / norm).unsqueeze(2))
         del weights
         turn = self.orthogonalize(self.momentum(gradient.to(grad.dtype), state, group), group)
-        del grad, gradient  # as much memory as the weights, which are read again
+        del grad, gradient  # frees as much memory as the weights need, which are read again
         weights = read_weights()
         turn = turn.to(weights.dtype)
         rate = lr * shape_scale(group["lr_scale"], *weights.shape[1:])
         directions = turn.mul_(-rate).addcmul_(weights, (norm / lengths).unsqueeze(2))
         norm.copy_(_row_lengths(directions))
 
-        # Rounded parameters have rows a little longer or shorter than their magnitudes, which the base makes up for. A
-        # learning rate of 0 leaves every bit.
+        # Rounding makes the rows of parameters a little longer or shorter than their magnitudes. The base corrects
+        # that. With a learning rate of 0 the weights do not change at all.
         moves = lr != 0
         base = weights.mul_((1 + moves * (magnitude / lengths - 1)).unsqueeze(2))
         magnitude -= lr * self._magnitude_step(along, state, group)
@@ -167,13 +169,13 @@ class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
         amount = lr * group["weight_decay"]
         if not (isinstance(amount, (int, float)) and amount == 0.0):
             self.decay_(base, step, amount, group)
-            # From the weights before they are rounded, so that small decays add up in every dtype.
+            # Computed from the weights before rounding, so that small decays add up in every dtype.
             magnitude += moves * (_row_lengths(base - step).copysign_(magnitude) - magnitude)
         return base, step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            group.setdefault("nesterov", False)  # saved when the rule did not look ahead
+            group.setdefault("nesterov", False)  # saved by a version without nesterov
         super().__setstate__(state)
 
     def _magnitude_step(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
@@ -188,6 +190,6 @@ class Muown(WeightAwareOptimizer, OrthogonalizingOptimizer):
 
 
 def _row_lengths(stack: Tensor) -> Tensor:
-    """(B, m, n) -> (B, m)."""
+    """Lengths of the rows: (B, m, n) -> (B, m)."""
     lengths: Tensor = torch.linalg.vector_norm(stack, dim=2)
     return lengths.clamp_(min=_SHORTEST)

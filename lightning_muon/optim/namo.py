@@ -15,10 +15,10 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
 class _NoiseAdaptiveMuon(OrthogonalizingOptimizer):
-    """What the two rules share: all but which entries of a matrix have a step size in common."""
+    """Common base class of both rules. A subclass says which elements of a matrix share a step size."""
 
     _summed: ClassVar[tuple[int, ...]]
-    """Dimensions of (B, m, n) that one number of the adaptation covers."""
+    """Dimensions of (B, m, n) whose elements share one step size."""
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -54,11 +54,11 @@ class _NoiseAdaptiveMuon(OrthogonalizingOptimizer):
         return norm
 
     def _bounded(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
-        return ratio.nan_to_num(nan=0.0)  # of inf / inf, where squares overflow
+        return ratio.nan_to_num(nan=0.0)  # inf / inf is NaN, if squares overflow
 
 
 class NAMO(_NoiseAdaptiveMuon):
-    r"""NAMO: Muon whose step is as long as the momentum, measured by the root mean square of the gradients before.
+    r"""NAMO: Muon with a step size per matrix: norm of the momentum over root mean square norm of the gradients.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -68,42 +68,42 @@ class NAMO(_NoiseAdaptiveMuon):
         \alpha_t &= \frac{\sqrt{1 - \mu_2^t}}{1 - \mu^t}\, \frac{\|\tilde M_t\|_F}{\sqrt{v_t} + \epsilon} \\
         W_t &= (1 - \lambda \min(\eta\alpha_t, 1))\, W_{t-1} - \min(\eta\, s(m, n)\, \alpha_t, 1)\, O_t
 
-    One number :math:`\alpha` a matrix: 1 for a constant gradient, where NAMO is Muon, and about
-    :math:`\sqrt{(1 - \mu) / (1 + \mu)}`, 0.16 by default, where gradients are nothing but noise. In the long run it
-    cannot exceed 1.7 (Cauchy-Schwarz, default :math:`\mu, \mu_2`). All singular values of the update stay equal, and
-    gradients k times as large give the same update, as long as their norms are well above :math:`\epsilon` and below
-    1e19, where squares overflow in float32 and the matrix stops for good, as in AdamW.
+    Each matrix has one :math:`\alpha`. It is 1 for a constant gradient, where NAMO equals Muon, and about
+    :math:`\sqrt{(1 - \mu) / (1 + \mu)}`, 0.16 by default, if gradients are pure noise. In the long run it cannot exceed
+    1.7 (Cauchy-Schwarz, default :math:`\mu, \mu_2`). All singular values of the update stay equal. The scale of the
+    gradients does not matter while their norms are well above :math:`\epsilon` and below 1e19. Above, squares overflow
+    in float32, and the matrix never changes again, as in AdamW.
 
-    Source: Zhang, Liu & Schaeffer, arXiv 2602.17080. Paper and authors' code differ: the code looks ahead by default,
-    with which a constant gradient starts at :math:`\alpha = 1.95` instead of 1, so that ``nesterov`` is off here; it
-    adds :math:`\epsilon` outside the root and caps both rates at 1, as done here. Zero gradients mean
-    :math:`\alpha = 0`: neither step nor decay.
+    Source: Zhang, Liu & Schaeffer, arXiv 2602.17080. The authors' code differs from the paper. It uses Nesterov
+    momentum by default, which starts with :math:`\alpha = 1.95` instead of 1 for a constant gradient; therefore
+    ``nesterov`` is False here. It adds :math:`\epsilon` outside the root and caps both :math:`\eta\alpha` and the step
+    size at 1, as this class does. With zero gradients :math:`\alpha = 0`, without step and decay.
 
-    State: ``momentum_buffer``, one element per weight; ``second_moment`` :math:`v`, ``adaptation`` :math:`\alpha` as
-    the last step used it, before the caps, and ``step``, a number a matrix each.
+    State: ``momentum_buffer``, one element per weight; ``second_moment`` :math:`v`, ``adaptation`` (the
+    :math:`\alpha` of the last step, before the caps) and ``step``, one element per matrix each.
 
-    Cost: that of Muon and two norms. Prefer it to Muon where gradient noise changes over the run, as with small
-    batches, and for schedules that do not fall to zero: the step shrinks by itself as noise takes over.
+    Cost: that of Muon and two norms. Prefer it to Muon if gradient noise changes during training, as with small
+    batches, and for schedules that do not end at zero: steps become smaller when noise dominates.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
-        lr: learning rate :math:`\eta`. The authors' are near 0.01, several times what suits Muon with the same scale,
-            because :math:`\alpha` shrinks the step.
+        lr: learning rate :math:`\eta`. The authors use about 0.01, several times Muon's learning rate with the same
+            scale, because :math:`\alpha` shrinks the step.
         weight_decay: :math:`\lambda`, decoupled but scaled by :math:`\alpha` like the step.
         momentum: :math:`\mu`, from 0 to below 1.
         beta2: :math:`\mu_2`, from 0 to below 1.
-        nesterov: look one step ahead.
+        nesterov: use Nesterov momentum, which looks one step ahead.
         eps: :math:`\epsilon`, above 0.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own. The numbers are float32 at least.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter. All other state is float32 at least.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     _summed = (1, 2)
@@ -142,7 +142,7 @@ class NAMO(_NoiseAdaptiveMuon):
 
 
 class NAMOD(_NoiseAdaptiveMuon):
-    r"""NAMO-D: NAMO with a step size for each column, that is for each input of a layer.
+    r"""NAMO-D: NAMO with a step size per column, that is per input of a layer.
 
     .. math::
         V_{t,j} &= \mu_2 V_{t-1,j} + (1 - \mu_2)\, \|G_{t,:j}\|^2 \\
@@ -153,17 +153,17 @@ class NAMOD(_NoiseAdaptiveMuon):
         - \min(\eta\, s(m, n)\, \alpha_{t,j}, 1)\, O_{t,:j}
 
     with :math:`\tilde M` and :math:`O` of :class:`NAMO`. The clamp c keeps the step sizes of the columns within a
-    factor :math:`1 / c^2` of each other; with c = 1 all share the mean and the update is a multiple of :math:`O`, as in
-    NAMO. The smaller c, the more it adapts and the less it orthogonalizes.
+    factor :math:`1 / c^2` of each other. With c = 1 all columns have the mean step size, and the update is a multiple
+    of :math:`O`, as in NAMO. With a smaller c the step sizes adapt more, and the update is less orthogonal.
 
-    Source: arXiv 2602.17080. As in the authors' code the mean is over finite entries and both rates are capped at 1.
-    Their runs used c from 0.1 to 0.9.
+    Source: arXiv 2602.17080. As in the authors' code, the mean is over finite elements, and :math:`\eta\alpha_j` and
+    the step size are capped at 1. The authors used c from 0.1 to 0.9.
 
-    State: ``momentum_buffer``, one element per weight; ``second_moment`` V and ``adaptation`` :math:`\alpha_j`, a
-    number a column each; ``step``, a number a matrix.
+    State: ``momentum_buffer``, one element per weight; ``second_moment`` V and ``adaptation`` :math:`\alpha_j`, one
+    element per column each; ``step``, one per matrix.
 
-    Cost: that of Muon and two norms. Prefer it to NAMO where the inputs of a layer differ in how often they carry a
-    signal.
+    Cost: that of Muon and two norms. Prefer it to NAMO if some inputs of a layer are active much more often than
+    others.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
@@ -171,19 +171,19 @@ class NAMOD(_NoiseAdaptiveMuon):
         weight_decay: :math:`\lambda`, decoupled but scaled by :math:`\alpha_j` like the step.
         momentum: :math:`\mu`, from 0 to below 1.
         beta2: :math:`\mu_2`, from 0 to below 1.
-        nesterov: look one step ahead.
+        nesterov: use Nesterov momentum, which looks one step ahead.
         eps: :math:`\epsilon`, above 0.
         clamp: c, above 0 and at most 1.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own. The numbers are float32 at least.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter. All other state is float32 at least.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     _summed = (1,)
@@ -243,11 +243,11 @@ class NAMOD(_NoiseAdaptiveMuon):
 
 
 def _broadcast(numbers: Tensor) -> Tensor:
-    """(B,) or (B, n) as a view (B, 1, 1) or (B, 1, n)."""
+    """View (B,) as (B, 1, 1), or (B, n) as (B, 1, n)."""
     return numbers.view(numbers.shape[0], 1, -1)
 
 
 def _capped(adaptation: Tensor, rate: float | Tensor) -> Tensor:
-    """min(adaptation, 1 / rate), so that rate times it is at most 1; a rate of 0 caps nothing."""
+    """min(adaptation, 1 / rate), so that rate * adaptation is at most 1. A rate of 0 does not cap."""
     rate = rate.to(adaptation) if isinstance(rate, Tensor) else adaptation.new_full((), rate)
     return torch.minimum(adaptation, rate.reciprocal())

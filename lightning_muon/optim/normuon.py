@@ -1,4 +1,4 @@
-"""NorMuon: Muon whose rows move at the same rate."""
+"""NorMuon: Muon with rows of equal update size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
 class NorMuon(OrthogonalizingOptimizer):
-    r"""NorMuon: each row of the orthogonalized momentum divided by the running size of that row.
+    r"""NorMuon: divides each row of the orthogonalized momentum by the running root mean square of that row.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -29,36 +29,35 @@ class NorMuon(OrthogonalizingOptimizer):
         \text{ (preserve)} \\
         W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n)\, D_t
 
-    Source: arXiv 2510.05491 and the authors' code (github.com/zichongli5/NorMuon). The paper has no look-ahead and the
-    root mean square of ``norm="rms"``; the code looks ahead, keeps the norm (``norm="preserve"``) and scales as
-    ``lr_scale="original"``. The default is the code's look-ahead with the paper's norm. Neither corrects the bias of
-    ``v``: a factor common to all rows cancels in the norm.
+    Source: arXiv 2510.05491 and the authors' code (github.com/zichongli5/NorMuon). The paper has no Nesterov momentum,
+    and the root mean square of ``norm="rms"``. The code has Nesterov momentum, keeps the norm (``norm="preserve"``) and
+    scales as ``lr_scale="original"``. The defaults here are the Nesterov momentum of the code and the norm of the
+    paper. Neither corrects the bias of ``v``: a factor common to all rows cancels in the norm.
 
-    Prefer it to Muon where some output units get far smaller updates than others, as in tall matrices (more outputs
-    than inputs). The rows of a wide or square matrix have equal norms once it is orthogonal, so that ``axis="row"``
-    only evens out there what a quick iteration leaves uneven; ``axis="long"`` evens the columns of wide matrices
-    instead.
+    Prefer it to Muon if some output units get far smaller updates than others, as in tall matrices (more outputs than
+    inputs). The rows of a wide or square orthogonal matrix have equal norms. There ``axis="row"`` only corrects the
+    inexact orthogonalization; ``axis="long"`` normalizes the columns of wide matrices instead.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1.
-        beta2: :math:`\beta_2`, decay of the mean squares, from 0 to below 1. With 0 all rows of each update have the
-            same norm.
-        nesterov: look one step ahead.
+        beta2: :math:`\beta_2`, decay rate of the mean squares, from 0 to below 1. With 0 all rows of each update have
+            the same norm.
+        nesterov: use Nesterov momentum, which looks one step ahead.
         norm: ``"rms"`` gives the update the Frobenius norm of an orthogonal matrix: with the default ``lr_scale`` its
             root mean square is 0.2 exactly. ``"preserve"`` keeps the norm of :math:`O_t`.
-        axis: ``"row"`` keeps one mean square a row, as published; ``"long"`` one a row where :math:`m \ge n`, else one
-            a column.
+        axis: ``"row"`` keeps one mean square per row, as published; ``"long"`` one per row if :math:`m \ge n`, else
+            one per column.
         eps: :math:`\epsilon`, above 0.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the momentum; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer``, one element per weight, and ``second_moment``, one per row (or column), in float32 at
     least.
@@ -66,7 +65,7 @@ class NorMuon(OrthogonalizingOptimizer):
     Cost: that of Muon and three passes over the update.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -132,5 +131,5 @@ class NorMuon(OrthogonalizingOptimizer):
 
 
 def _axis(stack: Tensor, axis: str) -> int:
-    """The dimension of (B, m, n) along which there is one mean square an index."""
+    """The dimension of (B, m, n) that has one mean square per index."""
     return -2 if axis == "row" or stack.shape[-2] >= stack.shape[-1] else -1

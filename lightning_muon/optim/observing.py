@@ -1,4 +1,4 @@
-"""What observers of a step are told."""
+"""StackUpdate: the argument of observers of a step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lightning_muon.optim.stacks import StackMember
 
 @dataclass(frozen=True, eq=False)
 class StackUpdate:
-    """What a step subtracts from a stack of matrices, before learning rate and weight decay: scale times direction.
+    """The update of a stack of matrices, before learning rate and weight decay: ``scale`` times ``direction``.
 
     Args:
-        members: whose matrices these are. ``direction[member.slice]``, of shape (b, m, n), belongs to
-            ``member.parameter`` as its ``member.layout`` reads it: all of it, or the view ``member.view`` where the
-            layout has several, as for fused blocks of different sizes. Parameters that do not move are not among them.
-        direction: (B, m, n), on the device and in the dtype of the parameters. It is lent: the step reads it after the
-            observers, and may use its memory again. So do not write to it, and clone what is to be kept.
-        scale: the shape scale s(m, n). A rule that decides about the weights themselves has the learning rate in its
-            direction, and one over it here.
+        members: the parameters of the stack. ``direction[member.slice]``, of shape (b, m, n), belongs to
+            ``member.parameter``, read as matrices by ``member.layout``. If the layout has several views, as for fused
+            blocks of different sizes, it belongs to the view ``member.view``. Parameters without an update are left
+            out.
+        direction: (B, m, n), on the device and in the dtype of the parameters. Do not write to it, because the step
+            reads it after the observers. Clone what you keep, because the step may use its memory again.
+        scale: the shape scale s(m, n). For a :class:`WeightAwareOptimizer`, whose direction includes the learning rate,
+            it is one over the learning rate, or 0 if that is 0.
     """
 
     members: Sequence[StackMember]

@@ -1,4 +1,4 @@
-"""OrthogonalizingOptimizer: the base of the rules that orthogonalize."""
+"""OrthogonalizingOptimizer: the base class of the rules that orthogonalize."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_muon.optim.momentum import MomentumOptimizer
 
 
 class OrthogonalizingOptimizer(MomentumOptimizer):
-    """Base of Muon and its relatives: rules that orthogonalize the momentum, or what they make of it.
+    """Base class of Muon and its variants: rules that orthogonalize the momentum, or a function of it.
 
-    ``method``, ``steps`` and ``orthogonalize_dtype`` say how; a rule has all three among its defaults, or none.
-    Arguments and errors are those of :class:`MatrixOptimizer`.
+    The options of the orthogonalization are ``method``, ``steps`` and ``orthogonalize_dtype``. The defaults of a rule
+    include all three, or none. Arguments and errors are those of :class:`MatrixOptimizer`.
     """
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -27,12 +27,12 @@ class OrthogonalizingOptimizer(MomentumOptimizer):
             check_dtype(group, "orthogonalize_dtype")
 
     def orthogonalize(self, matrices: Tensor, group: dict[str, Any], overwrite: bool = True) -> Tensor:
-        """:func:`~lightning_muon.linalg.orthogonalize` as a group says, or by the defaults if the rule has no options.
+        """Call :func:`~lightning_muon.linalg.orthogonalize` with the options of a group, or with its defaults.
 
         Args:
             matrices: (B, m, n).
             group: the options of the param group.
-            overwrite: whether the memory of ``matrices`` may be used for the work.
+            overwrite: whether ``matrices`` may be overwritten.
         """
         name = group.get("orthogonalize_dtype")
         dtype = None if name is None else getattr(torch, name)

@@ -17,7 +17,7 @@ PolarOrder: TypeAlias = Literal["momentum_first", "polar_first"]
 
 
 class PolarGrad(OrthogonalizingOptimizer):
-    r"""PolarGrad: Muon whose step is as long as the gradient is large, so that it vanishes at a minimum.
+    r"""PolarGrad: Muon with a step proportional to the size of the gradient, so that it vanishes at a minimum.
 
     With ``order="momentum_first"``
 
@@ -32,16 +32,16 @@ class PolarGrad(OrthogonalizingOptimizer):
         U_t &= \operatorname{orthogonalize}(G_t), \qquad \nu_t = \langle G_t, U_t \rangle \\
         M_t &= \mu M_{t-1} + (1 - \mu)\, U_t, \qquad W_t = (1 - \eta\lambda)\, W_{t-1} - \eta\, \nu_t M_t.
 
-    :math:`\nu U` is the direction of steepest descent in the spectral norm with its length kept, where Muon keeps the
-    direction alone: gradients k times as large give updates k times as large. There is neither a look-ahead nor a shape
-    scale, and **learning rates of Muon or AdamW do not carry over**: one divided by the nuclear norm of a typical
-    momentum is where to start, and gradient clipping and loss scales matter as in SGD.
+    :math:`\nu U` is the steepest descent step in the spectral norm, with its length; Muon keeps only the direction.
+    Gradients k times as large give updates k times as large. There is no Nesterov momentum and no shape scale, and
+    **learning rates of Muon or AdamW do not carry over**: start with such a learning rate divided by the nuclear norm
+    of a typical momentum. Gradient clipping and the scale of the loss matter, as in SGD.
 
-    Source: Lau, Long & Su, arXiv 2505.21799, and the authors' code (github.com/timlautk/polargrad), which runs two
-    iterations of QDWH by default and leaves :math:`U` approximate; here the default runs to convergence, as theirs does
-    with ``inner_steps=10``. ``steps=2`` is not their two iterations: it starts from another lower bound of the singular
-    values, so that those of :math:`U` end elsewhere. With any ``method`` :math:`\nu` is formed with the :math:`U` that
-    is used.
+    Source: Lau, Long & Su, arXiv 2505.21799, and the authors' code (github.com/timlautk/polargrad). Their code runs two
+    iterations of QDWH by default, so that :math:`U` is approximate. Here the default runs to convergence, as their code
+    does with ``inner_steps=10``. ``steps=2`` differs from their two iterations: it starts from another lower bound of
+    the singular values, so that :math:`U` has other singular values. With every ``method``, :math:`\nu` is computed
+    with the :math:`U` of the update.
 
     State: ``momentum_buffer``, one element per weight.
 
@@ -55,16 +55,17 @@ class PolarGrad(OrthogonalizingOptimizer):
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1.
-        order: what is averaged: gradients, or polar factors.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        order: ``"momentum_first"`` averages gradients, ``"polar_first"`` polar factors.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device and method.
-        state_dtype: dtype of the momentum; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device and
+            the method.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class PolarGrad(OrthogonalizingOptimizer):
 def _inner(matrices: Tensor, polar: Tensor) -> Tensor:
     """Inner products (B, 1, 1) of two stacks.
 
-    Entries of a polar factor are at most about 1, so that the products are as safe from overflow as the matrices.
+    The elements of a polar factor are at most about 1, so that the products overflow no sooner than the matrices.
     """
     wide = torch.promote_types(matrices.dtype, torch.float32)
     return (matrices.to(wide) * polar).sum(dim=(1, 2), keepdim=True, dtype=wide)

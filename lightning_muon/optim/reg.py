@@ -1,4 +1,4 @@
-"""REG: momentum with its rows and columns scaled, instead of orthogonalized. A reconstruction."""
+"""REG: scales the rows and columns of the momentum instead of orthogonalizing it. A reconstruction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_muon.optim.momentum import MomentumOptimizer
 
 
 class REG(MomentumOptimizer):
-    r"""REG, reconstructed: rows and columns of the momentum divided by their norms, at AdamW's update size.
+    r"""REG, reconstructed: divides rows and columns of the momentum by their norms, with updates of AdamW's size.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -32,38 +32,38 @@ class REG(MomentumOptimizer):
     and with ``order="simultaneous"`` :math:`X_{ij} = \tilde M_{t,ij} / (r_i c_j)^a`, both norms of :math:`\tilde M_t`;
     see :func:`~lightning_muon.linalg.balance`.
 
-    This is a reconstruction of arXiv 2510.03691. The published text that is available does not fix the exponent, the
-    order of rows and columns, the number of sweeps, the momentum and whether it looks ahead, or the target of the root
-    mean square, and there is no code by the authors. Established are: momentum as in Muon, row-and-column scaling in
-    place of the matrix sign, with p = 2 the best of the norms tried, a normalised root mean square, decoupled weight
-    decay, AdamW for embeddings. The rest are arguments here, and their defaults are ours: whatever they are, the root
-    mean square of the update is exact, signs are those of the momentum, and the scale of gradients does not matter.
+    This is a reconstruction of arXiv 2510.03691. The available text does not say what the exponent, the order of rows
+    and columns, the number of sweeps, the momentum, its Nesterov variant and the target root mean square are, and the
+    authors have published no code. The text does say: momentum as in Muon; row and column scaling in place of the
+    matrix sign, with p = 2 the best of the norms tried; a normalized root mean square; decoupled weight decay; AdamW
+    for embeddings. The rest are arguments here, with our own defaults. For all values of these arguments the root mean
+    square of the update is exact, signs are those of the momentum, and the scale of gradients does not matter.
 
-    Prefer it to Muon where a step must be cheap (it multiplies no matrices) or Muon's change of direction is too much,
-    as the paper has it for fine-tuning models that AdamW has trained.
+    Prefer it to Muon if a step must be cheap (it multiplies no matrices), or if Muon changes the direction too much.
+    The paper says so about fine-tuning of models that were trained with AdamW.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`; AdamW's carries over.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1.
-        nesterov: look one step ahead.
+        nesterov: use Nesterov momentum, which looks one step ahead.
         p: order of the row and column norms, from 1 to infinity.
-        exponent: :math:`a`, above 0. With 1, ``"sequential"`` and ``p=2`` all columns of an update have one norm.
+        exponent: :math:`a`, above 0. With 1, ``"sequential"`` and ``p=2`` all columns of an update have the same norm.
         order: ``"sequential"`` (rows, then columns of the result) or ``"simultaneous"``, which treats both alike; with
-            ``exponent=0.5`` it is the mildest choice.
-        sweeps: how often; many make the norms of rows and columns equal.
-        rms: :math:`\rho`, root mean square of the update's entries, above 0.
+            ``exponent=0.5`` it changes the momentum least.
+        sweeps: number of sweeps; many sweeps make the norms of all rows and columns equal.
+        rms: :math:`\rho`, root mean square of the update's elements, above 0.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        state_dtype: dtype of the momentum; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer``, one element per weight.
 
-    Cost: less than Muon's: some ten passes over the momentum and no matrix product.
+    Cost: less than Muon's: about ten passes over the momentum and no matrix product.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A refused call changes nothing: what an optimizer was, put back after an error."""
+"""Rollback: restore optimizers after an error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 @contextmanager
 def unchanged_on_error(*optimizers: Optimizer) -> Iterator[None]:
-    """Whatever the block does to these optimizers is undone if it raises.
+    """Undo all changes of the block to these optimizers if it raises.
 
-    Attributes, param groups, state entries and plain containers are the same objects again, with the same content. The
-    tensors of the state are the same tensors: their elements are not copied, so the block must not write to them.
+    Attributes, param groups, state entries and plain containers are the same objects as before, with the same content.
+    The tensors of the state are the same objects, but their elements are not restored: the block must not write to
+    them.
     """
     remembered = [_Remembered(optimizer) for optimizer in optimizers]
     try:
@@ -26,7 +27,7 @@ def unchanged_on_error(*optimizers: Optimizer) -> Iterator[None]:
 
 
 class _Remembered:
-    """The attributes of an optimizer, and the content of every list and dict among them, of groups and of states."""
+    """Snapshot of an optimizer: its attributes, and the content of its lists, dicts, param groups and states."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.attributes = vars(optimizer)
@@ -44,5 +45,5 @@ class _Remembered:
 
 
 def _is_own_record(value: object) -> bool:
-    """Whether it is an object of this package that keeps an optimizer's books, and is no optimizer itself."""
+    """Whether it is a bookkeeping object of this package, and not an optimizer."""
     return type(value).__module__.startswith("lightning_muon.optim.") and not isinstance(value, Optimizer)

@@ -1,4 +1,4 @@
-"""Which child of a hybrid takes a parameter, in which param group, and at which learning rate."""
+"""Routing of parameters to the children of a hybrid optimizer, their param groups and learning rates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MEMBERS = ("params", "param_names", "layouts")
 
 
 class Routing:
-    """What a hybrid knows about its param groups beyond what is in them.
+    """What a hybrid optimizer knows about its param groups beyond their contents.
 
     Args:
-        partition: which parameter belongs to which child; None where parameters are routed by the names of groups.
+        partition: which parameter belongs to which child; None to route parameters by the names of their groups.
         children: names of the children.
     """
 
@@ -24,15 +24,15 @@ class Routing:
         self.partition = partition
         self.children = tuple(children)
         self.owners: dict[str, str] = {}
-        """Name of a param group -> name of the child that has it."""
+        """Maps the name of a param group to the name of its child."""
         self.built: dict[str, dict[str, Any]] = {}
-        """Options of the param groups as the optimizers were built, by name."""
+        """Options of the param groups when the optimizers were built, by the name of the group."""
         self.waiting: list[ParameterAssignment] = []
-        """Frozen parameters that are in no group; they join once they take a gradient."""
+        """Frozen parameters that are in no group. They join once they require a gradient."""
         self._left_out: list[Tensor] = []
 
     def start(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Learn the groups of a new hybrid. Trainable parameters in none of them are left out on purpose."""
+        """Note the groups of a new hybrid. A trainable parameter in none of them is left out on purpose."""
         self.built = {group["name"]: options_of(group) for group in groups}
         taken = _members(groups)
         self._left_out = [
@@ -41,7 +41,7 @@ class Routing:
         self.refresh(groups)
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Find out which parameters of the partition are in no group."""
+        """Find the parameters of the partition that are in no group and may join later."""
         excluded = _members(groups).union(self._left_out)
         self.waiting = [
             entry
@@ -50,10 +50,10 @@ class Routing:
         ]
 
     def adopt(self, partition: Partition, groups: Sequence[dict[str, Any]]) -> None:
-        """Take a new partition of the same module. The error names parameters that no child takes.
+        """Use a new partition of the same module.
 
         Raises:
-            ValueError: for trainable parameters of a group that has no child.
+            ValueError: if a trainable parameter belongs to a child that does not exist.
         """
         refused = [entry for entry in partition if not entry.frozen and entry.group not in self.children]
         if refused:
@@ -66,10 +66,10 @@ class Routing:
         self.refresh(groups)
 
     def owner(self, group: Mapping[str, Any]) -> str:
-        """Name of the child that takes a group: by the group's name, or by its parameters.
+        """Return the name of the child of a group: by the name of the group, or by its parameters.
 
         Raises:
-            ValueError: if neither says so.
+            ValueError: if neither the name nor the partition tells.
         """
         name = group.get("name")
         if name in self.owners:
@@ -80,16 +80,17 @@ class Routing:
         return self._entries_of(group["params"])[0].group
 
     def owner_by_name(self, name: str | None) -> str | None:
-        """The child that a group of this name belongs to, as far as the name tells."""
+        """Return the name of the child that a group of this name belongs to; None if the name does not tell."""
         prefix = str(name or "").split("/")[0]
         return self.owners.get(name or "", prefix if prefix in self.children else None)
 
     def split(self, param_group: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """(child, group) pairs for the parameters of a new group; the groups hold the options that are given or that
-        rules set, and ``name``, which may be taken already.
+        """Split a new group into (child, group) pairs.
+
+        The groups hold the given options, those of parameter rules, and a ``name`` that may exist already.
 
         Raises:
-            ValueError: if there is no parameter, or it is unknown where one belongs.
+            ValueError: if there is no parameter, or if the child of a parameter is unknown.
         """
         options = options_of(param_group)
         given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
@@ -111,7 +112,7 @@ class Routing:
         return [(owner, group) for (owner, _), group in routed.items()]
 
     def in_order(self, parameters: Sequence[Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[str]]:
-        """Members of a group in the partition's order, in which they would be had they joined together."""
+        """Sort the members of a group into the order of the partition."""
         place: dict[Tensor, int] = {entry.parameter: index for index, entry in enumerate(self.partition or ())}
         pairs = sorted(zip(parameters, names, strict=True), key=lambda pair: place.get(pair[0], len(place)))
         return [parameter for parameter, _ in pairs], [name for _, name in pairs]
@@ -134,12 +135,12 @@ def can_train(parameter: Tensor) -> bool:
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a param group holds besides its members."""
+    """The contents of a param group besides its members."""
     return {key: value for key, value in group.items() if key not in _MEMBERS}
 
 
 def peak_rate(group: Mapping[str, Any]) -> Any:
-    """The learning rate of a group where its schedule has its peak; None if it has none."""
+    """The learning rate of a group at the peak of its schedule; None if the group has no learning rate."""
     return group.get("max_lr", group.get("initial_lr", group.get("lr")))
 
 
@@ -151,18 +152,18 @@ def set_rate(
     groups: Sequence[Mapping[str, Any]],
     default: Any,
 ) -> None:
-    """Give a new group its learning rate, and the place in the schedule that the others have.
+    """Set the learning rate of a new group, at the same point of the schedule as the other groups.
 
-    A schedule multiplies all rates by one number, which is ``lr / initial_lr`` of any group that it has. So the new
-    group gets what another has, times the ratio of their peaks.
+    A schedule multiplies all learning rates by the same factor, which is ``lr / initial_lr`` of any scheduled group. So
+    the new group gets the values of another group, times the ratio of their peak learning rates.
 
     Args:
-        group: the new group, changed in place. If it has ``initial_lr``, the caller knows better.
-        lr: at the peak of the schedule; None for that of ``group``, of ``like``, or else of the siblings.
+        group: the new group, changed in place. If it has ``initial_lr``, it stays as it is.
+        lr: learning rate at the peak of the schedule; None for that of ``like``, else that of the siblings.
         like: the group that the parameters would have been in from the start, if there is one.
         siblings: the other groups of its child.
         groups: all other groups.
-        default: the child's own learning rate; None if it has none.
+        default: default learning rate of the child; None if it has none.
 
     Raises:
         ValueError: if the siblings have several learning rates, so that the caller has to choose.
@@ -179,15 +180,15 @@ def set_rate(
     factor = float(lr) / float(peak_rate(model))
     group.update({key: model[key] * factor for key in ("initial_lr", "max_lr", "min_lr") if key in model})
     group.update({key: model[key] for key in ("max_momentum", "base_momentum", "swa_lr") if key in model})
-    # Somebody may have raised the rate above the peak by hand.
+    # The factor is at most 1, even if a learning rate was raised above its peak by hand.
     group["lr"] = lr * min(1.0, float(model["lr"]) / float(peak_rate(model)))
 
 
 def _common_peak(groups: Sequence[Mapping[str, Any]], default: Any, name: str) -> Any:
-    """The learning rate that the groups of a child were given, for a new group that has none.
+    """The peak learning rate that the groups of a child have in common, for a new group without one.
 
     Raises:
-        ValueError: if they have several, none of which is the default.
+        ValueError: if they have several, and none of them is the default.
     """
     peaks = {group["name"]: peak_rate(group) for group in groups if peak_rate(group) is not None}
     distinct = {float(peak): peak for peak in peaks.values()}

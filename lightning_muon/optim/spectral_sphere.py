@@ -1,4 +1,4 @@
-"""SpectralSphere: Muon for weights that stay on a sphere of the spectral norm; MuonSphere."""
+"""SpectralSphere and MuonSphere: Muon for weights of fixed spectral norm."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 from lightning_muon.optim.weight_aware import WeightAwareOptimizer, WeightReader
 
 _FIRST_POWER_ITERATIONS = 200
-"""Power iterations on the initial weights, whose singular vectors nothing is known of."""
+"""Number of power iterations on the initial weights, for which there is no good start."""
 
 _FIRST_STRIDE = 1e-3
-"""At least how far the search for the multiplier looks from where it was."""
+"""Smallest first stride of the search for the multiplier."""
 
 
 class SpectralSphere(WeightAwareOptimizer, OrthogonalizingOptimizer):
-    r"""Spectral Sphere Optimizer: steepest descent among the weights whose largest singular value is R.
+    r"""Spectral Sphere Optimizer: steepest descent on the set of weights whose largest singular value is R.
 
     .. math::
         M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
@@ -36,60 +36,65 @@ class SpectralSphere(WeightAwareOptimizer, OrthogonalizingOptimizer):
         \lambda_t \text{ such that } \langle \Theta_t, \Phi_t \rangle = 0 \\
         W_t &= (R / \sigma)\, W_{t-1} - \eta\, R\, \Phi_t, \qquad R = c \sqrt{m / n}
 
-    Every step first brings the spectral norm back to the radius R, with which outputs of a layer are up to c times as
-    large as its inputs, whatever its shape. The multiplier :math:`\lambda` turns the step until it is tangent to the
-    sphere, so that it leaves it by :math:`O(\eta^2)` only.
+    Every step first scales the weights back to the spectral norm R (retraction). With this radius the outputs of a
+    layer of any shape are up to c times as large as its inputs. The multiplier :math:`\lambda` makes the step tangent
+    to the sphere, so that the weights leave the sphere only by :math:`O(\eta^2)`.
 
-    **MuonSphere** is ``lambda_search=False``: :math:`\lambda = 0`, Muon's update of weights that are retracted. Its
-    steps leave the sphere by :math:`O(\eta)`.
+    **MuonSphere** is ``lambda_search=False``: :math:`\lambda = 0`, Muon's update with retraction. Its steps leave the
+    sphere by :math:`O(\eta)`.
 
-    Source: Xie et al., arXiv 2601.08393, and the authors' code. pytorch-optimizer's class of the same name lacks the
-    retraction, so that its weights are on no sphere. The search differs from the authors', which goes up to 1.02 from
-    the last multiplier, keeps it if that is not enough, and bisects: this one reaches all :math:`|\lambda| \le
-    2\sqrt{\min(m, n)}`, within which :math:`\langle \Theta, \Phi \rangle`, which does not decrease with
-    :math:`\lambda`, changes sign. It doubles its stride from the last multiplier until it has, and then closes in by
-    false position (Illinois variant) until ``tolerance`` is met, each matrix of a stack for itself. Where no multiplier
-    meets it, because :math:`\langle \Theta, \Phi \rangle` jumps over 0 (as for :math:`\hat M = \pm\Theta`), the best
-    one tried is used. The power iteration goes on from the vectors of the last step; at first from the largest row of
-    the weights with all columns mixed in. The authors make 5 iterations from ones at every step, whose estimate
-    of the norm is too low until they converge, so that the norm stays above R. There are no random numbers.
+    Source: Xie et al., arXiv 2601.08393, and the authors' code. The class of the same name in pytorch-optimizer has no
+    retraction, so that its weights are not on a sphere. The search differs from that of the authors, which goes up to
+    1.02 from the last multiplier, keeps that multiplier if this is not enough, and otherwise bisects. This search
+    covers all :math:`|\lambda| \le 2\sqrt{\min(m, n)}`. In this range :math:`\langle \Theta, \Phi \rangle`, which does
+    not decrease with :math:`\lambda`, changes sign. The search starts at the last multiplier and doubles its stride
+    until the sign changes. Then it uses false position (Illinois variant) until ``tolerance`` is met, for each matrix
+    of a stack separately. If no multiplier meets it, because :math:`\langle \Theta, \Phi \rangle` jumps over 0 (as for
+    :math:`\hat M = \pm\Theta`), the best one tried is used. The power iteration starts from the vectors of the last
+    step; at first from the largest row of the weights, plus a fixed vector. The authors make 5 iterations from a vector
+    of ones at every step. Until these converge, the estimate of the norm is too low, so that the norm stays above R.
+    There are no random numbers.
 
-    Zero weights have neither a norm to bring back nor a :math:`\Theta`: their first step is Muon's. With ``lr=0``
-    weights stay as they are, also off the sphere.
+    Zero weights have no norm to scale and no :math:`\Theta`: their first step is that of Muon. With ``lr=0`` weights do
+    not change, even if they are not on the sphere.
 
-    State: ``momentum_buffer``, one element per weight; ``right`` v, n numbers a matrix; and ``multiplier``
-    :math:`\lambda`, a number a matrix.
+    State: ``momentum_buffer``, one element per weight; ``right`` v, n elements per matrix; and ``multiplier``
+    :math:`\lambda`, one element per matrix.
 
     Cost: MuonSphere takes Muon's step, with 8 iterations in float32, and 40 products of W with a vector. The search
-    orthogonalizes 3 to 6 times instead of once, more for small square matrices, and waits for the device after each.
-    (The authors quote 1 % and 11 % of the time of a training step.) Prefer it where activations must keep their size
-    without weight decay: deep or wide models, learning rates carried over between widths, low precision. The first step
-    puts the weights onto the sphere, wherever they were: it is for training from scratch rather than fine-tuning.
+    orthogonalizes 3 to 6 times instead of once, more often for small square matrices, and synchronizes with the device
+    after each. (The authors quote 1 % and 11 % of the time of a training step.) Prefer it if activations must keep
+    their size without weight decay: in deep or wide models, for learning rates that carry over between widths, and in
+    low precision. The first step scales all weights to the sphere: it is for training from scratch rather than
+    fine-tuning.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
-        lr: learning rate :math:`\eta`: the step's spectral norm relative to the weight's.
-        weight_decay: shrinks W before the retraction, which undoes it: of no effect unless ``cautious``.
+        lr: learning rate :math:`\eta`, the spectral norm of the step relative to that of the weights.
+        weight_decay: weight decay before the retraction, which undoes it: it has no effect unless ``cautious``.
         momentum: :math:`\mu`, from 0 to below 1.
-        nesterov: look one step ahead.
-        radius: c; the authors found 2 best for language models. It matters: weights that start far from the sphere are
-            put onto it by the first step. The matrices of SASRec, for one, start at a spectral norm of 0.3 and stay
-            near it in training; R = 1 changes the model.
-        lambda_search: find the multiplier; False for MuonSphere.
-        tolerance: largest :math:`|\langle \Theta, \Phi \rangle|` that the search is content with.
-        power_iterations: iterations a step for the singular vectors of the weights, from those of the last step.
-        search_steps: largest number of orthogonalizations a step.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`. The tangent is as exact as it.
-        steps: number of iterations; None for the method's own.
+        nesterov: use Nesterov momentum, which looks one step ahead.
+        radius: c; the authors found 2 best for language models. Choose it with care, because the first step scales all
+            weights to the sphere. For example, the matrices of SASRec start at a spectral norm of 0.3 and stay near it
+            in training; R = 1 changes the model.
+        lambda_search: whether to search the multiplier; False for MuonSphere.
+        tolerance: the search ends once :math:`|\langle \Theta, \Phi \rangle|` is not larger than this.
+        power_iterations: power iterations per step for the singular vectors of the weights, starting from those of the
+            last step.
+        search_steps: largest number of orthogonalizations per step.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`. It limits the accuracy of
+            the tangent.
+        steps: number of iterations; None for the default of the method.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products; None to choose by device. Below float32 the search cannot
-            reach the default tolerance; for that reason float32 products are exact here even where
+        orthogonalize_dtype: dtype of the matrix products; None for the default of the device. Below float32 the
+            search cannot reach the default tolerance. For this reason float32 products are exact here, even if
             ``torch.set_float32_matmul_precision`` allows less.
-        state_dtype: dtype of the momentum; None for each parameter's own. Vectors and multiplier are float32 at least.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        state_dtype: dtype of the momentum; None for the dtype of each parameter. ``right`` and ``multiplier`` are
+            float32 at least.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -171,8 +176,8 @@ class SpectralSphere(WeightAwareOptimizer, OrthogonalizingOptimizer):
         return weights.mul_(torch.where(moving, radius / sigma, 1.0)[:, None, None]), step
 
     def _tangent(self, unit: Tensor, left: Tensor, right: Tensor, multiplier: Tensor, group: dict[str, Any]) -> Tensor:
-        """Phi (B, m, n). ``multiplier`` (B,) holds where to start from, and then what was found."""
-        multiplier.masked_fill_(torch.linalg.vector_norm(unit, dim=(1, 2)) == 0, 0.0)  # there Phi is 0
+        """Phi (B, m, n). ``multiplier`` (B,) is the start of the search, and is overwritten with the result."""
+        multiplier.masked_fill_(torch.linalg.vector_norm(unit, dim=(1, 2)) == 0, 0.0)  # Phi is 0 there
         every = torch.arange(unit.shape[0], device=unit.device)
         tangent, slope = self._turned(unit, left, right, every, multiplier, group)
         bracket = _Bracket(multiplier, slope, 2.0 * math.sqrt(min(unit.shape[1:])))
@@ -194,7 +199,7 @@ class SpectralSphere(WeightAwareOptimizer, OrthogonalizingOptimizer):
     def _turned(
         self, unit: Tensor, left: Tensor, right: Tensor, index: Tensor, multiplier: Tensor, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Of some matrices: orthogonalize(unit + multiplier Theta) (b, m, n) and its inner product with Theta (b,)."""
+        """orthogonalize(unit + multiplier Theta) (b, m, n) of some matrices, and its inner product with Theta (b,)."""
         left, right = left[index], right[index]
         turned = unit[index].baddbmm_((multiplier.to(left.dtype)[:, None] * left)[:, :, None], right[:, None, :])
         turned = self.orthogonalize(turned, group)
@@ -202,12 +207,12 @@ class SpectralSphere(WeightAwareOptimizer, OrthogonalizingOptimizer):
 
 
 class _Bracket:
-    """For each of B non-decreasing functions the arguments between which it changes sign, as far as known.
+    """Bracket of the root of each of B non-decreasing functions. An unknown end is infinite.
 
     Args:
-        start: (B,) arguments.
-        value: (B,) the functions there.
-        limit: roots lie within plus and minus this.
+        start: (B,) first arguments.
+        value: (B,) values of the functions there.
+        limit: roots are between -limit and limit.
     """
 
     def __init__(self, start: Tensor, value: Tensor, limit: float) -> None:
@@ -215,12 +220,12 @@ class _Bracket:
         self.low = torch.where(value < 0, start, -math.inf)
         self.high = torch.where(value < 0, math.inf, start)
         self.low_value, self.high_value = value.clone(), value.clone()
-        self.rose = value < 0  # whether the last value was negative, so that the low end moved
-        # A guess of the distance of the root: the functions rise by some sqrt(min(m, n)) per unit.
+        self.rose = value < 0  # whether the last value was negative and the low end moved
+        # Estimated distance of the root: the functions increase by about sqrt(min(m, n)) per unit.
         self.stride = (value.abs() * (4 / limit)).clamp_(min=_FIRST_STRIDE)
 
     def trial(self) -> Tensor:
-        """(B,) where to evaluate next: false position inside a bracket, else ever further out."""
+        """The next arguments (B,): false position inside a bracket, else further outward with each call."""
         outward = torch.where(self.low.isfinite(), self.low + self.stride, self.high - self.stride)
         self.stride.mul_(2)
         middle = (self.low + self.high) / 2
@@ -231,14 +236,14 @@ class _Bracket:
         return torch.where(known, between, outward.clamp(-self.limit, self.limit))
 
     def inside(self, trial: Tensor) -> Tensor:
-        """(B,) whether the trial tells anything new; not so at the limit, or where floats end."""
+        """Whether each trial (B,) is inside its bracket. It is not at the limit, or if no float is between the ends."""
         return (trial > self.low) & (trial < self.high)
 
     def narrow(self, index: Tensor, trial: Tensor, value: Tensor) -> None:
-        """Take note of the values of some functions at their trials."""
+        """Update the brackets of some functions with their values at the trials."""
         rose = value < 0
         again = rose == self.rose[index]
-        # An end that stays twice pulls the next trial to itself with half its value: without that it may stay for ever.
+        # Illinois variant: halve the value at an end that stays twice. Otherwise it might stay forever.
         low_value = torch.where(again & ~rose, self.low_value[index] / 2, self.low_value[index])
         high_value = torch.where(again & rose, self.high_value[index] / 2, self.high_value[index])
         self.low[index] = torch.where(rose, trial, self.low[index])
@@ -249,10 +254,10 @@ class _Bracket:
 
 
 def _first_right(weights: Tensor) -> Tensor:
-    """(B, n) unit vectors to start the power iteration of (B, m, n) from: mostly the row of the largest norm.
+    """Unit vectors (B, n) at which the power iteration of (B, m, n) starts: mainly the row of the largest norm.
 
-    That row alone may have no part in the largest singular direction, as in a block diagonal matrix; with the
-    fractional parts of the multiples of the golden ratio added, no structured matrix is orthogonal to it.
+    That row alone may be orthogonal to the largest singular direction, as in a block diagonal matrix. The fractional
+    parts of multiples of the golden ratio are added, to which the directions of structured matrices are not orthogonal.
     """
     largest = torch.linalg.vector_norm(weights, dim=2).argmax(dim=1)
     row = weights[torch.arange(weights.shape[0], device=weights.device), largest]
@@ -265,9 +270,9 @@ def _first_right(weights: Tensor) -> Tensor:
 def _leading_vectors(weights: Tensor, right: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest singular value sigma (B,) of (B, m, n), with left (B, m) and right (B, n) singular vectors.
 
-    ``right`` is where to start; it is kept for a zero matrix, whose left vector is zero, and for a non-finite one.
-    :func:`~lightning_muon.linalg.power_iteration` is for norms: it mixes a fixed vector into the start, keeps the best
-    of all iterates, and has one of the two vectors.
+    The iteration starts at ``right``. A zero or non-finite matrix keeps ``right``; the left vector of a zero matrix is
+    zero. :func:`~lightning_muon.linalg.power_iteration` is for norms: it adds a fixed vector to the start, keeps the
+    best of all iterates, and returns only one of the two vectors.
     """
     for _ in range(iterations):
         product = _times(weights.mT, _unit(_times(weights, right)))
@@ -278,11 +283,11 @@ def _leading_vectors(weights: Tensor, right: Tensor, iterations: int) -> tuple[T
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """(B, m, n) and (B, n) -> (B, m)."""
+    """Matrix-vector products: (B, m, n) and (B, n) -> (B, m)."""
     return torch.bmm(matrices, vectors[:, :, None]).squeeze(2)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Each of (B, n) divided by its length; zero for zero."""
+    """Divide each vector of (B, n) by its length; a zero vector stays zero."""
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     return vectors / torch.where(length == 0, 1.0, length)

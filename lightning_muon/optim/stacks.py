@@ -1,4 +1,4 @@
-"""Same-shaped matrices of a param group as one (B, m, n) tensor, with the optimizer state that goes with it."""
+"""Stacks: matrices of one shape in a param group as one (B, m, n) tensor, with their optimizer state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from lightning_muon.partition import MatrixLayout
 InitState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]
 
 MAX_STACK_ELEMENTS = 2**26
-"""Matrices are stacked up to this many elements, which bounds temporary memory; a larger matrix is a stack of its
-own."""
+"""Largest number of elements of a stack, which bounds temporary memory. A larger matrix is a stack of its own."""
 
 MAX_STACK_ELEMENTS_CPU = 2**19
-"""The same on a CPU: longer stacks gain nothing there, and leave the caches."""
+"""The same on a CPU, where larger stacks are not faster and do not fit into the caches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +28,11 @@ class StackMember:
     Args:
         parameter: the parameter.
         name: its name; unique in its optimizer.
-        layout: how it is read as matrices.
-        view: which of the layout's views this is.
-        views: how many views the layout has; more than one where fused blocks differ in size.
+        layout: how the parameter is read as matrices.
+        view: index of the view among those of the layout.
+        views: number of views of the layout; more than one if fused blocks differ in size.
         count: number of matrices.
-        start: the first of them in the stack.
+        start: index of the first matrix in the stack.
     """
 
     parameter: Tensor
@@ -44,33 +43,33 @@ class StackMember:
     count: int
     start: int = 0
     plain: bool = field(init=False)
-    """Whether the parameter is the matrix."""
+    """Whether the parameter itself is the matrix."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plain", self.layout == MatrixLayout() and self.parameter.ndim == 2)
 
     @property
     def slice(self) -> slice:
-        """Where the matrices are in the stack: ``stack[member.slice]`` is (count, m, n)."""
+        """Position of the matrices in the stack: ``stack[member.slice]`` is (count, m, n)."""
         return slice(self.start, self.start + self.count)
 
     def matrices(self, tensor: Tensor) -> Tensor:
-        """(b, m, n) of a parameter-shaped tensor; a view where strides allow."""
+        """The matrices (b, m, n) of a tensor of the parameter's shape; a view if the strides allow."""
         if self.plain:
             return tensor.unsqueeze(0)
         view = self.layout.views(tensor)[self.view]
         return view.tensor.reshape(view.shape)
 
     def target(self, tensor: Tensor) -> Tensor:
-        """The part of a parameter-shaped tensor that this member covers, as a view that can be written to."""
+        """The part of a tensor of the parameter's shape that this member covers, as a writable view."""
         return tensor if self.plain else self.layout.views(tensor)[self.view].tensor
 
     def state_key(self, key: str) -> str:
-        """Name of a state entry of the parameter: numbered by block where several stacks hold parts of it."""
+        """Name of a state entry of the parameter, with the number of the view if the layout has several."""
         return key if self.views == 1 else f"{key}.{self.view}"
 
     def state_view(self, tensor: Tensor, elementwise: bool) -> Tensor:
-        """The part of a stack's state that is this parameter's, in the parameter's shape if that can be a view."""
+        """The part of a stack's state for this parameter, in the parameter's shape if that can be a view."""
         part = tensor[self.slice]
         if not elementwise:
             return part
@@ -81,15 +80,15 @@ class StackMember:
 
 
 class MatrixStack:
-    """Matrices that one call of a rule works on, and their state.
+    """The matrices of one call of a rule, and their state.
 
-    State lives in tensors of the whole stack; ``optimizer.state[parameter]`` holds views of them, so that nothing is
-    copied between the two forms. Where somebody put other tensors there (a checkpoint was loaded), they are copied in.
+    The state is kept in tensors of the whole stack. ``optimizer.state[parameter]`` holds views of them, so that nothing
+    is copied. If it holds other tensors, e.g. after a checkpoint was loaded, these are copied into the stack.
 
     Args:
-        members: views of parameters.
-        shape: (m, n).
-        dtype: of the state and of the gathered gradients.
+        members: the views of parameters in the stack.
+        shape: shape (m, n) of the matrices.
+        dtype: dtype of the state and of the gathered gradients.
     """
 
     def __init__(self, members: Sequence[StackMember], shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -105,7 +104,7 @@ class MatrixStack:
     def gather(
         self, members: Sequence[StackMember], tensors: Sequence[Tensor], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """A new (B, m, n) tensor from parameter-shaped tensors of some members, in ``dtype`` or this stack's own."""
+        """A new (B, m, n) tensor from tensors of the parameters' shapes, in ``dtype`` or the dtype of the stack."""
         dtype = dtype or self.dtype
         if self.plain:
             return torch.stack(list(tensors)).to(dtype)
@@ -113,7 +112,7 @@ class MatrixStack:
         return torch.cat(parts).to(dtype)
 
     def gather_grads(self, members: Sequence[StackMember]) -> Tensor:
-        """The gradients of some members, all of which have one, as a new (B, m, n) tensor."""
+        """The gradients of some members as a new (B, m, n) tensor. All of them must have gradients."""
         return self.gather(members, [m.parameter.grad for m in members if m.parameter.grad is not None])
 
     def bind(
@@ -122,9 +121,10 @@ class MatrixStack:
         init_state: InitState,
         group: dict[str, Any],
     ) -> None:
-        """Make ``optimizer_state`` and this stack's state the same memory, with what ``optimizer_state`` holds.
+        """Let ``optimizer_state`` and the state of this stack share memory.
 
-        What somebody put there, as by loading, is copied in; what somebody took out starts anew.
+        Other tensors in ``optimizer_state``, e.g. from a checkpoint, are copied into the stack. Entries that were
+        removed from it are initialized again.
         """
         if not self._initialized:
             self.state = self._initial_state(self.members, init_state, group)
@@ -150,7 +150,7 @@ class MatrixStack:
         return {key: tensor[device_index.to(tensor.device)] for key, tensor in self.state.items()}, device_index
 
     def put(self, index: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Write back what :meth:`take` copied."""
+        """Write back the state that :meth:`take` copied."""
         for key, tensor in state.items():
             self.state[key].index_copy_(0, index.to(tensor.device), tensor)
 
@@ -171,9 +171,9 @@ def build_stacks(
 
     Args:
         parameters: tensors of at least two dimensions.
-        names: one a parameter.
-        layouts: one a parameter.
-        state_dtype: of the state; None for each parameter's own. float64 parameters keep float64 state.
+        names: one per parameter.
+        layouts: one per parameter.
+        state_dtype: dtype of the state; None for the dtype of each parameter. float64 parameters have float64 state.
     """
     members: dict[tuple[int, int, torch.dtype, torch.device], list[StackMember]] = {}
     for parameter, name, layout in zip(parameters, names, layouts, strict=True):
@@ -191,7 +191,7 @@ def build_stacks(
 
 
 def consecutive(members: Sequence[StackMember]) -> list[StackMember]:
-    """The same members, one behind the other in a stack of their own."""
+    """The same members, numbered one after the other from the start of a stack."""
     starts = accumulate((member.count for member in members), initial=0)
     return [replace(member, start=start) for member, start in zip(members, starts, strict=False)]
 
@@ -211,7 +211,7 @@ def _chunks(members: list[StackMember]) -> list[list[StackMember]]:
 
 
 def _as_parameter(part: Tensor, shape: torch.Size, layout: MatrixLayout) -> Tensor | None:
-    """View (b, m, n) matrices in the parameter's own shape, or None where no strides can (interleaved blocks)."""
+    """View matrices (b, m, n) in the parameter's shape; None if no strides allow it (interleaved blocks)."""
     view = layout.views(torch.empty(shape, device="meta"))[0]
     matrices = part.as_strided(part.shape, part.stride(), part.storage_offset())
     batch, rows = view.batch_dims, view.batch_dims + view.row_dims

@@ -1,4 +1,4 @@
-"""MuonNSR and MuonVS: Muon of a momentum that is divided by its noise, entry by entry."""
+"""MuonNSR and MuonVS: Muon with a momentum that is divided by its noise, element by element."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_muon.optim.orthogonalizing import OrthogonalizingOptimizer
 
 
 class _VarianceAdaptiveMuon(OrthogonalizingOptimizer):
-    """What the two rules share: all but the denominator."""
+    """Common base class of both rules. A subclass provides the denominator."""
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -33,7 +33,7 @@ class _VarianceAdaptiveMuon(OrthogonalizingOptimizer):
         return self.orthogonalize(self._adapted_momentum(grad, state, group), group)
 
     def _adapted_momentum(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """The look-ahead over its denominator, in the memory of ``grad`` if that is float32 or float64."""
+        """The look-ahead divided by its denominator. Overwrites ``grad`` if that is float32 or float64."""
         beta = group["momentum"]
         buffer, variance = state["momentum_buffer"], state["variance"]
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -46,12 +46,12 @@ class _VarianceAdaptiveMuon(OrthogonalizingOptimizer):
         return look_ahead.div_(self._denominator(look_ahead, corrected, group))
 
     def _denominator(self, look_ahead: Tensor, variance: Tensor, group: dict[str, Any]) -> Tensor:
-        """What the look-ahead is divided by; may overwrite ``variance``."""
+        """The denominator of the look-ahead. It may overwrite ``variance``."""
         raise NotImplementedError
 
 
 class MuonNSR(_VarianceAdaptiveMuon):
-    r"""Muon-NSR: entries of the momentum that are mostly noise are shrunk before it is orthogonalized.
+    r"""Muon-NSR: shrinks noisy elements of the momentum before it orthogonalizes the momentum.
 
     .. math::
         \Gamma_t &= \mu \Gamma_{t-1} + \mu (1 - \mu)\, (M_{t-1} - G_t)^2 \\
@@ -61,41 +61,41 @@ class MuonNSR(_VarianceAdaptiveMuon):
         D_t &= \tilde M_t \oslash \bigl(\sqrt{\tilde M_t^2 + \gamma\, \hat\Gamma_t} + \epsilon\bigr) \\
         W_t &= (1 - \eta\lambda)\, W_{t-1} - \eta\, s(m, n) \operatorname{orthogonalize}(D_t)
 
-    :math:`\Gamma` is the running variance of the gradient: :math:`M^2 + \Gamma` is Adam's second moment for equal
-    decays. Source: arXiv 2601.14603 and the authors' code (github.com/jingru-lee/Variance-Adaptive-Muon), whose
-    :math:`\epsilon` stands outside the root as here, though its docstring has it inside. The look-ahead is part of the
-    rule. The first step orthogonalizes the signs of the gradient.
+    :math:`\Gamma` is the running variance of the gradient: :math:`M^2 + \Gamma` is Adam's second moment with equal
+    decay rates. Source: arXiv 2601.14603 and the authors' code (github.com/jingru-lee/Variance-Adaptive-Muon). In their
+    code :math:`\epsilon` is outside the root, as here; their docstring has it inside. The look-ahead :math:`\tilde M`
+    is part of the rule. The first step orthogonalizes the signs of the gradient.
 
-    Prefer it to Muon where gradients are noisy, as with small batches, at AdamW's memory.
+    Prefer it to Muon if gradients are noisy, as with small batches. It needs the memory of AdamW.
 
-    The answer does not depend on the size of gradients from some hundred :math:`\epsilon` to 1e17 or so. Below, it
-    turns smoothly into that of Muon with nesterov, because :math:`\epsilon` outweighs the root. Squares of entries
-    above 1e18 overflow in float32: such entries do not move, and if the gradients are above 1e20 they never will, as
-    in Adam. A ``momentum`` of 0 leaves the signs of the gradient.
+    The direction does not depend on the scale of gradients from about a hundred :math:`\epsilon` to about 1e17. Below,
+    :math:`\epsilon` dominates the root, and the rule becomes Muon with Nesterov momentum. Squares of elements above
+    1e18 overflow in float32: such elements do not change, and with gradients above 1e20 they never change again, as in
+    Adam. With a ``momentum`` of 0 the rule orthogonalizes the signs of the gradient.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
         lr: learning rate :math:`\eta`.
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1, for the average and the variance.
-        gamma: :math:`\gamma`, 0 or more: how much noise counts. The authors' class has 10, their larger runs 1000.
+        gamma: :math:`\gamma`, weight of the noise, 0 or more. The authors' default is 10; their larger runs use 1000.
         eps: :math:`\epsilon`, above 0.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`. The authors use ``"match_rms_adamw"`` and
             ``"original"`` in different runs.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the state; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the state; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer`` and ``variance``, one element per weight each, and ``step``, one per matrix. ``variance``
-    is float32 where ``state_dtype`` is float16, in which squares vanish.
+    is float32 if ``state_dtype`` is float16, where squares underflow.
 
-    Cost: that of Muon and some six passes over the gradient.
+    Cost: that of Muon and about six passes over the gradient.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(
@@ -137,23 +137,23 @@ class MuonNSR(_VarianceAdaptiveMuon):
 
 
 class MuonVS(_VarianceAdaptiveMuon):
-    r"""Muon-VS: the momentum divided by its standard deviation, entry by entry, then orthogonalized.
+    r"""Muon-VS: divides the momentum by its standard deviation, element by element, and orthogonalizes it.
 
-    As :class:`MuonNSR`, with
+    It is :class:`MuonNSR` with
 
     .. math::
         D_t = \tilde M_t \oslash \bigl(\sqrt{\hat\Gamma_t} + \epsilon\bigr),
 
-    its limit for large :math:`\gamma`, which leaves nothing to tune. Source: arXiv 2601.14603 and the authors' code
-    (github.com/jingru-lee/Variance-Adaptive-Muon), which takes an ``alpha`` here and ignores it.
+    the limit of that rule for large :math:`\gamma`, without an argument to tune. Source: arXiv 2601.14603 and the
+    authors' code (github.com/jingru-lee/Variance-Adaptive-Muon), which has an argument ``alpha`` here that it ignores.
 
-    Prefer it to :class:`MuonNSR` to have one argument less. An entry whose gradient hardly varies gets a large weight,
-    and its rounding decides how large; one whose variance is 0, as with a ``momentum`` of 0, is divided by
+    Prefer it to :class:`MuonNSR` to have one argument less. An element whose gradient hardly varies becomes large, and
+    its size depends on rounding. If the variance is 0, as with a ``momentum`` of 0, the element is divided by
     :math:`\epsilon` alone, which stays finite for gradients up to 1e29.
 
-    The answer does not depend on the size of gradients from some hundred :math:`\epsilon` to 1e19 or so. Below, it
-    turns smoothly into that of Muon with nesterov, because :math:`\epsilon` outweighs the root. A variance above
-    3e38, of gradients near 1e20, overflows in float32: such entries never move again, as in Adam.
+    The direction does not depend on the scale of gradients from about a hundred :math:`\epsilon` to about 1e19. Below,
+    :math:`\epsilon` dominates the root, and the rule becomes Muon with Nesterov momentum. A variance above 3e38, from
+    gradients near 1e20, overflows in float32: such elements never change again, as in Adam.
 
     Args:
         params: parameters or param groups; see :class:`MatrixOptimizer`.
@@ -161,21 +161,21 @@ class MuonVS(_VarianceAdaptiveMuon):
         weight_decay: decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`, from 0 to below 1, for the average and the variance.
         eps: :math:`\epsilon`, above 0.
-        method: how to orthogonalize; see :func:`~lightning_muon.linalg.orthogonalize`.
-        steps: number of iterations; None for the method's own.
+        method: orthogonalization method; see :func:`~lightning_muon.linalg.orthogonalize`.
+        steps: number of iterations; None for the default of the method.
         lr_scale: shape scale :math:`s(m, n)`; see :class:`MatrixOptimizer`.
         cautious: decay only where the update also shrinks the weight (arXiv 2510.12402).
-        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None to choose by device.
-        state_dtype: dtype of the state; None for each parameter's own.
-        nonfinite: what NaN or infinity in a gradient does; see :class:`MatrixOptimizer`.
+        orthogonalize_dtype: dtype of the matrix products, e.g. ``"bfloat16"``; None for the default of the device.
+        state_dtype: dtype of the state; None for the dtype of each parameter.
+        nonfinite: what to do about NaN or infinity in a gradient; see :class:`MatrixOptimizer`.
 
     State: ``momentum_buffer`` and ``variance``, one element per weight each, and ``step``, one per matrix. ``variance``
-    is float32 where ``state_dtype`` is float16, in which squares vanish.
+    is float32 if ``state_dtype`` is float16, where squares underflow.
 
-    Cost: that of Muon and some five passes over the gradient.
+    Cost: that of Muon and about five passes over the gradient.
 
     Raises:
-        ValueError: for an argument out of range, and for a parameter that cannot be read as matrices.
+        ValueError: if an argument is out of range, or a parameter cannot be read as matrices.
     """
 
     def __init__(

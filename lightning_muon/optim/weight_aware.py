@@ -1,4 +1,4 @@
-"""WeightAwareOptimizer: the base of the rules that decide about the weights themselves."""
+"""WeightAwareOptimizer: the base class of the rules that compute new weights, not only a direction."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_muon.optim.stacks import MatrixStack, StackMember, consecutive
 
 @dataclass(frozen=True)
 class WeightReader:
-    """Call it for the weights of some members of a stack: a new (B, m, n) tensor, float32 or float64.
+    """Callable that returns the weights of some members of a stack, as a new (B, m, n) tensor in float32 or float64.
 
     Args:
         stack: the stack.
-        members: those whose weights to read.
+        members: the members whose weights it reads.
     """
 
     stack: MatrixStack
@@ -28,7 +28,7 @@ class WeightReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the parameters are kept."""
+        """The dtype of the parameters."""
         return self.members[0].parameter.dtype
 
     def __call__(self) -> Tensor:
@@ -37,15 +37,16 @@ class WeightReader:
 
 
 class WeightAwareOptimizer(MatrixOptimizer):
-    r"""Base of rules that look at the weights, or put them back onto a set such as the matrices of one norm.
+    r"""Base class of rules that use the weights, or keep them in a set such as the matrices of one norm.
 
-    A rule is a subclass with :meth:`init_state` and :meth:`next_weights`, which answers with the weights
-    :math:`\bar W` that the step starts from, decayed or rescaled, and the step :math:`\Delta`, learning rate included:
+    A rule is a subclass with :meth:`init_state` and :meth:`next_weights`. :meth:`next_weights` returns the weights
+    :math:`\bar W` at which the step starts, decayed or rescaled, and the step :math:`\Delta`, which includes the
+    learning rate:
 
     .. math:: W \leftarrow \bar W - \Delta.
 
-    The learning rate is the rule's to apply, because the new weights need not be linear in it: a step along a sphere,
-    or of the lengths and the directions of rows, is not.
+    The rule applies the learning rate itself, because the new weights need not be linear in it: for example in a step
+    along a sphere, or in one of the lengths and directions of rows.
 
     Weights are read in float32 at least; parameters of less precision are rounded once, at the end.
     Arguments and errors are those of :class:`MatrixOptimizer`.
@@ -54,24 +55,24 @@ class WeightAwareOptimizer(MatrixOptimizer):
     def next_weights(
         self, read_weights: WeightReader, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The rule: (base, step), each (B, m, n), from which the new weights are base - step.
+        """Return (base, step), each (B, m, n). The new weights are base - step. This is the rule.
 
         Args:
-            read_weights: returns the weights (B, m, n); each time a copy that may be overwritten. A rule that lets go
-                of one before it orthogonalizes, and reads again, saves a stack of memory.
+            read_weights: returns the weights (B, m, n), each time a new copy that may be overwritten. To save the
+                memory of one copy, delete it before orthogonalization, and read the weights again afterwards.
             grad: gradients (B, m, n) in the state's dtype; a copy that may be overwritten.
-            state: what :meth:`init_state` returned, to be updated in place.
+            state: the state from :meth:`init_state`; update it in place.
             group: the options of the param group.
         """
         raise NotImplementedError
 
     def decay_(self, weights: Tensor, step: Tensor, amount: float | Tensor, group: dict[str, Any]) -> Tensor:
-        """Shrink weights in place by ``amount`` of themselves, with ``cautious`` only where the step shrinks them too.
+        """Multiply weights in place by ``1 - amount``; with ``cautious`` only where the step also shrinks them.
 
         Args:
             weights: (B, m, n).
-            step: (B, m, n), what will be subtracted.
-            amount: how much, usually learning rate times weight decay; a number or a tensor that broadcasts.
+            step: (B, m, n), which will be subtracted from the weights.
+            amount: usually learning rate times weight decay; a number, or a tensor that broadcasts to (B, m, n).
             group: the options of the param group.
         """
         if isinstance(amount, (int, float)) and amount == 0.0:

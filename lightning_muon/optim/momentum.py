@@ -14,8 +14,8 @@ from lightning_muon.optim.matrix import MatrixOptimizer
 class MomentumOptimizer(MatrixOptimizer):
     """Base class of rules with a moving average of the gradients, ``momentum_buffer``: one element per weight.
 
-    A rule is a subclass whose :meth:`~MatrixOptimizer.direction` calls :meth:`momentum`. Its defaults include ``momentum``, and may
-    include ``nesterov``. Arguments and errors are those of :class:`MatrixOptimizer`.
+    A rule is a subclass whose :meth:`~MatrixOptimizer.direction` calls :meth:`momentum`. Its defaults include
+    ``momentum``, and may include ``nesterov``. Arguments and errors are those of :class:`MatrixOptimizer`.
     """
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the tables of this package share: names that break at dots, and a console that cuts nothing off."""
+"""Helpers of all tables: names that break at dots, and a console that is wide enough."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rich.measure import Measurement
 from rich.text import Text
 
 WIDTH_OF_FILES = 120
-"""Columns where nothing says how wide the output is, as in a log file, for which Rich would take 80."""
+"""Columns of output without a known width, such as a log file, for which Rich assumes 80."""
 
 _PIECE = re.compile(r"[^.\s]*[.\s]*")
 
 
 def print_table(table: RenderableType) -> None:
-    """Print on Rich's shared console, as wide as :func:`wide_console` makes it."""
+    """Print on Rich's shared console, with the width of :func:`wide_console`."""
     with wide_console() as console:
         console.print(table)
 
 
 @contextmanager
 def wide_console() -> Iterator[Console]:
-    """Rich's shared console; in 120 columns at least where it is no terminal and nothing sets its width.
+    """Rich's shared console, at least 120 columns wide if it is no terminal and nothing sets its width.
 
     COLUMNS, ``rich.reconfigure(width=...)`` and notebooks do.
     """
@@ -42,7 +42,7 @@ def wide_console() -> Iterator[Console]:
 
 
 class DottedText:
-    """Text for a cell of a table: where it is too long for one line it breaks after dots and spaces.
+    """Text for a cell of a table; one that is too long for a line breaks after dots and spaces.
 
     What is too long between two of them is broken after an underscore, or else anywhere. Square brackets are no markup.
     """
@@ -76,7 +76,7 @@ class DottedText:
 
 
 def shortened(name: str, width: int) -> str:
-    """The name in at most ``width`` characters, with ellipses: its end, and of its beginning the number of the layer.
+    """The name in at most ``width`` characters, with ellipses: its end, and the number of the layer before it.
 
     ``"encoder.layers.2.self_attn.in_proj_weight.q"`` gets ``"…layers.2.self_attn.in_proj_weight.q"``, or
     ``"…2…in_proj_weight.q"``, or ``"…weight.q"``.

@@ -1,1 +1,1 @@
-"""What measures, keeps and draws spectra; no callback, and nothing of a training loop."""
+"""Measures, stores and draws spectra. Contains no callbacks and no training loop."""

@@ -1,4 +1,4 @@
-"""What all figures share. They need matplotlib, but not pyplot and its global state."""
+"""Helpers shared by all figures. They need matplotlib, but not pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 COLOURS = "viridis"
 LOG_RANGE = 100.0
-"""From which factor on between the smallest and the largest value a scale is logarithmic."""
+"""A scale is logarithmic if its largest value is at least this many times its smallest."""
 
 _NAME_LENGTH = 56
 _PANEL_NAME_LENGTH = 40
@@ -19,7 +19,7 @@ _SMALL_PRINT: dict[str, Any] = {"fontsize": 8, "family": "monospace", "color": "
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches that no window and no global list knows of."""
+    """An empty figure, sized in inches, that is not registered with pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,26 +29,26 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def colour_of(index: int, count: int) -> Any:
-    """Of a run, or of a time: the same in all figures of one command."""
+    """The colour of a run or of a step, the same in all figures of one command."""
     from matplotlib import colormaps
 
     return colormaps[COLOURS](0.1 + 0.65 * index / max(count - 1, 1))
 
 
 def is_wide(low: float, high: float) -> bool:
-    """Whether values from ``low`` to ``high`` take a logarithmic scale."""
+    """Whether values from ``low`` to ``high`` need a logarithmic scale."""
     return 0 < low < high / LOG_RANGE
 
 
 def name_quantity(panel: Axes, key: str, words: str) -> None:
-    """What it is called above a panel, and the key in small print below that."""
+    """Set the title of a panel, with the logged key in small print below it."""
     small = two_lines(key)
     panel.annotate(small, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", **_SMALL_PRINT)
     panel.set_title(textwrap.fill(words, _PANEL_NAME_LENGTH), fontsize=9, loc="left", pad=18 + 11 * small.count("\n"))
 
 
 def two_lines(name: str) -> str:
-    """The name, broken at a dot where it is wider than a panel."""
+    """The name, with a line break at a dot if it is wider than a panel."""
     name = abridged(name)
     if len(name) <= _PANEL_NAME_LENGTH:
         return name
@@ -57,7 +57,7 @@ def two_lines(name: str) -> str:
 
 
 def abridged(name: str) -> str:
-    """The name, its middle left out where it is very long: both the layer and the kind stay readable."""
+    """The name; a very long one without its middle, so that layer and kind stay readable."""
     if len(name) <= _NAME_LENGTH:
         return name
     start = _NAME_LENGTH // 3

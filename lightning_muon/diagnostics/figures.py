@@ -1,4 +1,4 @@
-"""Figures of what the monitors measured. They need matplotlib, but not pyplot and its global state."""
+"""Figures of the monitors' measurements. They need matplotlib, but not pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def course_plot(runs: Mapping[str, Mapping[tuple[str, str], History]], title: st
 
 
 def shows_figures(logger: Logger) -> bool:
-    """Whether a logger shows figures: TensorBoard's and Weights & Biases' do, of both Lightning namespaces."""
+    """Whether a logger shows figures, as those of TensorBoard and Weights & Biases do, in both Lightning namespaces."""
     return not {"TensorBoardLogger", "WandbLogger"}.isdisjoint(kind.__name__ for kind in type(logger).__mro__)
 
 
 def publish(figures: Mapping[str, Figure], loggers: Sequence[Logger], step: int) -> None:
-    """Show figures in every logger that can.
+    """Send figures to every logger that shows figures.
 
     Args:
         figures: by the tag they get.
@@ -169,7 +169,7 @@ def _course(history: History) -> tuple[list[int], list[float], list[float], list
 
 
 def _draw_spectra(panel: Axes, name: str, spectra: Mapping[str, Tensor | None]) -> list[list[float]]:
-    """One matrix at several times; returns the curves. A missing or empty one has a line too, for the legend."""
+    """Draw one matrix at several steps; returns the curves. A missing or empty one gets a line too, for the legend."""
     curves = [_relative(values) for values in spectra.values()]
     for index, (label, curve) in enumerate(zip(spectra, curves, strict=True)):
         first, last = index == 0 and len(curves) > 1, index == len(curves) - 1

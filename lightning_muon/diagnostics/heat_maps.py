@@ -1,4 +1,4 @@
-"""Heat maps of what the monitors measured."""
+"""Heat maps of the monitors' measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MISSING = "0.8"
 
 
 class Map(NamedTuple):
-    """What a heat map shows.
+    """The values of a heat map and how to show them.
 
     Attributes:
         key: the quantity, in small print.
@@ -98,13 +98,13 @@ def _draw_map(figure: Figure, axes: Axes, shown: Map, names: Sequence[str], heig
 
 
 def _ratios(values: Sequence[float]) -> list[float]:
-    """To the first one that is finite and positive; NaN where there is no such ratio, or it is not positive."""
+    """Ratios to the first finite positive value; NaN where there is none, or where the ratio is not positive."""
     first = next((value for value in values if math.isfinite(value) and value > 0), math.nan)
     return [value / first if value > 0 else math.nan for value in values]
 
 
 def _around_one(ratios: Sequence[float]) -> Any:
-    """Logarithmic colours as far above 1 as below, over 10 % at least and a factor of 100 at most on each side."""
+    """Logarithmic colours, symmetric around 1; each side spans at least 10 % and at most a factor of 100."""
     from matplotlib.colors import LogNorm
 
     farthest = max((max(ratio, 1 / ratio) for ratio in ratios), default=1.0)
@@ -126,7 +126,7 @@ def _norm(finite: Sequence[float]) -> Any:
 
 
 def _edges(steps: Sequence[int]) -> list[float]:
-    """Borders of the columns: halfway between neighbouring steps, and as far beyond the first and the last."""
+    """Borders of the columns: halfway between neighbouring steps, extended by half a step at both ends."""
     if len(steps) == 1:
         return [steps[0] - 0.5, steps[0] + 0.5]
     middles = [(first + second) / 2 for first, second in pairwise(steps)]
@@ -134,7 +134,7 @@ def _edges(steps: Sequence[int]) -> list[float]:
 
 
 def _name_rows(axes: Axes, names: Sequence[str], height: float) -> None:
-    """Names beside the rows of a map of so many inches, and only every second or third where they would overlap."""
+    """Label the rows of a map of this height in inches; skip rows whose labels would overlap."""
     thinning = math.ceil(len(names) * 9 / (72 * height))
     axes.set_yticks(range(0, len(names), thinning), names[::thinning], fontsize=7.5, family="monospace")
     if thinning > 1:
@@ -142,7 +142,7 @@ def _name_rows(axes: Axes, names: Sequence[str], height: float) -> None:
 
 
 def _number_columns(axes: Axes, steps: Sequence[int]) -> None:
-    """The very steps where each has room for its number, else round ones."""
+    """Ticks at the measured steps if their numbers fit, else at round steps."""
     from matplotlib.ticker import MaxNLocator
 
     gaps = [second - first for first, second in pairwise(steps)]

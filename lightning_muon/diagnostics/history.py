@@ -1,4 +1,4 @@
-"""History: what a monitor measured, as a table of steps and matrices."""
+"""History: the measurements of a monitor, as a table of steps and matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class History:
-    """One quantity over a run: a row for each measured step, a value in it for each matrix measured then.
+    """One quantity over a run: a row for each measured step, a column for each matrix.
 
     Rows are kept in the order of their steps. Where they are more than ``max_rows``, every second one is dropped; the
     first and the last stay. So a long run costs no more memory than a short one, and its older part is kept coarser.
@@ -56,7 +56,7 @@ class History:
             self._rows = [*self._rows[:-1:2], self._rows[-1]]
 
     def row(self, index: int) -> dict[str, float]:
-        """What was measured in the row at ``index``, by name; values that are not finite included."""
+        """The measured values of the row at ``index`` by name, including those that are not finite."""
         return dict(self._rows[index])
 
     def array(self) -> list[list[float]]:
@@ -70,14 +70,14 @@ class History:
             "names": list(self.names),
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "values": torch.tensor(self.array(), dtype=torch.float64).reshape(shape),
-            # Apart from the values, where NaN may also be what was measured.
+            # Kept beside the values, because a measured value may be NaN too.
             "measured": torch.tensor([[name in row for name in self.names] for row in self._rows])
             .bool()
             .reshape(shape),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace all rows by those of a ``state_dict``."""
+        """Replace all rows with those of a ``state_dict``."""
         self.names = list(state["names"])
         self.steps = state["steps"].tolist()
         self._rows = [

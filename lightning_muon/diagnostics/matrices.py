@@ -1,4 +1,4 @@
-"""Which matrices of a module the monitors watch, and what they are called."""
+"""The matrices of a module that monitors watch, and their names."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def evenly_chosen(names: Sequence[str], count: int) -> list[str]:
 
 def _partition(module: nn.Module, rules: Sequence[ParameterRule]) -> Iterable[ParameterAssignment]:
     own = getattr(module, "parameter_rules", None) or ()
-    # What matrix optimizers do not take is no reason not to look at the rest.
+    # Parameters that matrix optimizers refuse go to "other" here, so that the rest can be watched.
     refused = [
         ParameterRule(pattern=escape(site.name), group="other")
         for site in walk(module)

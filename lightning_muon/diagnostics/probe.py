@@ -1,4 +1,4 @@
-"""MatrixProbe: one pass over weights and updates a step, shared by all monitors of a Trainer."""
+"""MatrixProbe: one pass over weights and updates per step, shared by all monitors of a Trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_STACK_ELEMENTS = 2**24
 """Matrices are decomposed together up to this many elements, which bounds temporary memory."""
 
 ITERATIONS = 16
-"""Of the power iteration. It starts warm for weights; updates turn too fast for that."""
+"""Iterations of the power iteration. For weights it starts from the last vectors; updates change too fast for that."""
 
 
 class Depth(IntEnum):
@@ -33,7 +33,7 @@ class Depth(IntEnum):
     NORM = 0
     """Spectral and Frobenius norm."""
     GRAM = 1
-    """And what the Gram matrix tells."""
+    """Also the quantities of the Gram matrix."""
     SPECTRUM = 2
     """All singular values; the norm is exact."""
 
@@ -44,7 +44,7 @@ Plan: TypeAlias = Mapping[tuple[Kind, str], Depth]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found out about a stack of matrices of one shape.
+    """The spectra of a stack of matrices of one shape.
 
     Args:
         kind: whether they are weights or updates.
@@ -75,7 +75,7 @@ class MatrixProbe:
         self.parameters = parameters
         self.demands = demands
         self.vectors: dict[str, Tensor] = {}
-        """Where power iteration goes on, by name of the weight."""
+        """Start vectors of the next power iteration, by name of the weight."""
         self._warned: set[str] = set()
         self._captures: dict[Optimizer, UpdateCapture] = {}
         self._step = -1
@@ -83,7 +83,7 @@ class MatrixProbe:
         self._measured: list[Measurement] = []
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Get ready for a step of an optimizer; the first monitor to call does it for all."""
+        """Prepare for a step of an optimizer; the first monitor that calls does so for all."""
         if step != self._step:
             self._step, self._measured, self._plan = step, [], {}
         if optimizer in self._captures:
@@ -94,7 +94,7 @@ class MatrixProbe:
         self._captures[optimizer] = UpdateCapture(optimizer, wanted)
 
     def after_step(self, step: int) -> list[Measurement]:
-        """What was asked for after this step, measured when the first monitor calls; empty if no optimizer stepped."""
+        """The measurements of this step, made when the first monitor calls; empty if no optimizer stepped."""
         if self._captures:
             captures = [capture for capture in self._captures.values() if capture.stepped]
             self.close()
@@ -103,13 +103,13 @@ class MatrixProbe:
         return self._measured if step == self._step else []
 
     def close(self) -> None:
-        """Leave the optimizers as they were, whether or not they stepped."""
+        """Remove the observers, whether or not the optimizers stepped."""
         for capture in self._captures.values():
             capture.close()
         self._captures.clear()
 
     def _warn(self, captures: Sequence[UpdateCapture]) -> None:
-        """Say once what the updates have in them that is not the optimizer's."""
+        """Warn once of rounding and weight decay that the measured updates contain."""
         if any(capture.rounded for capture in captures) and "rounding" not in self._warned:
             self._warned.add("rounding")
             rank_zero_warn(
@@ -141,13 +141,13 @@ class MatrixProbe:
             yield self._measure_stack(kind, depth, stack)
 
     def _weights(self) -> Iterator[tuple[Kind, list[str], Tensor]]:
-        """Names of weights, and as many matrices (b, m, n)."""
+        """Names of weights and their matrices (b, m, n), one matrix per name."""
         for watched in self._asked_for("weight"):
             for names, matrices in zip(watched.matrices, watched.read(_whole(watched.parameter.detach())), strict=True):
                 yield "weight", names, matrices
 
     def _updates(self, captures: Sequence[UpdateCapture]) -> Iterator[tuple[Kind, list[str], Tensor]]:
-        """The same of updates: stacks as the step had them, and parameter by parameter what is not in one."""
+        """The same for updates: stacks as the step had them, then the parameters that are in no stack."""
         asked_for: dict[tuple[Tensor, MatrixLayout], WatchedParameter] = {
             (watched.parameter, watched.layout): watched for watched in self._asked_for("update")
         }
@@ -162,7 +162,7 @@ class MatrixProbe:
         for key, watched in asked_for.items():
             if key in done:
                 continue
-            # Of an optimizer without observers, or read by rules of a monitor in another layout than the optimizer's.
+            # The optimizer has no observers, or the monitor's rules read the parameter in another layout.
             found = [u for capture in captures if (u := capture.in_shape_of(watched.parameter)) is not None]
             if found:
                 for names, matrices in zip(watched.matrices, watched.read(_whole(found[-1])), strict=True):
@@ -184,14 +184,14 @@ class MatrixProbe:
         return Measurement(kind, stack.names, (m, n), depth, _on_cpu(spectra))
 
     def _warm_vectors(self, names: list[str], matrices: Tensor) -> Tensor | None:
-        """Where the last measurement of these matrices ended; None unless there was one of each, in this shape."""
+        """The last vectors of these matrices; None unless each has been measured in this shape."""
         size = min(matrices.shape[1:])
         known = [v for name in names if (v := self.vectors.get(name)) is not None and len(v) == size]
         return torch.stack(known).to(matrices.device) if len(known) == len(names) else None
 
 
 class _Stack:
-    """Matrices of one shape that wait to be measured."""
+    """Matrices of one shape, collected for one measurement."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -208,7 +208,7 @@ class _Stack:
 
 
 def _union(plans: Sequence[Plan]) -> Plan:
-    """All that is asked for, as deep as anybody asks."""
+    """The union of the plans; each matrix at the greatest depth of any plan."""
     union: dict[tuple[Kind, str], Depth] = {}
     for plan in plans:
         for matrix, depth in plan.items():
@@ -217,7 +217,7 @@ def _union(plans: Sequence[Plan]) -> Plan:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a sharded one gathered; every process of its mesh has to come here."""
+    """The tensor, gathered if it is sharded; every process of its mesh must call this."""
     gather = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor if gather is None else gather()
     return whole

@@ -1,4 +1,4 @@
-"""Quantity: something that a monitor reports of each matrix, and what stands for many of them."""
+"""Quantity: a value that a monitor reports for each matrix, and its aggregates over many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Extreme: TypeAlias = Literal["max", "min"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that a monitor reports of each matrix.
+    """A value that a monitor reports for each matrix.
 
     Args:
         key: under which it is logged.

@@ -1,4 +1,4 @@
-"""What moved since the last table, as a table for the user and as sentences."""
+"""Changes since the last table, as a table and as sentences."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Movement(NamedTuple):
 
 
 class MonitorTable:
-    """What moved, for Rich, in a dozen lines: one a quantity, those of the alarms, and one on what is left out.
+    """A Rich table of the changes in at most twelve lines: quantities, alarms, and the number of those left out.
 
     A line tells the mean and how it changed since the last table, the extreme where there is room, and which matrix
     moved most, and by how much. Mean and extreme are those that are logged; the line says how many values are not
@@ -79,7 +79,7 @@ class MonitorTable:
             yield Text(line, style="dim")
 
     def _chosen(self, count: int) -> list[Movement]:
-        """So many of the movements, in their order: those with alarms, and then those that moved farthest."""
+        """The movements to show, in their order: first those with alarms, then those that changed most."""
 
         def farthest(movement: Movement) -> float:
             if alarms([movement]):
@@ -99,7 +99,7 @@ class MonitorTable:
 
 
 def alarms(movements: Sequence[Movement]) -> list[str]:
-    """A sentence for each matrix whose value is NaN or, alarmingly, infinite, has doubled or has halved.
+    """A sentence for each matrix whose value is NaN, infinite (where that is an alarm), has doubled or has halved.
 
     Quantity by quantity, the worst first.
     """
@@ -107,7 +107,7 @@ def alarms(movements: Sequence[Movement]) -> list[str]:
 
 
 def _first_lines(sentences: Sequence[str], width: int) -> list[str]:
-    """The first sentences, in a few lines, and how many more there are."""
+    """The first sentences, in a few lines, and the number of the others."""
     lines: list[str] = []
     for told, sentence in enumerate(sentences):
         more = list(DottedText(f"! {sentence}").lines(width))
@@ -118,7 +118,7 @@ def _first_lines(sentences: Sequence[str], width: int) -> list[str]:
 
 
 def _rows(movements: Sequence[Movement], width: int) -> Table:
-    """One line a quantity; names give way where they are too long for the width."""
+    """One line per quantity; names are shortened to fit the width."""
     columns = ["quantity", "mean", "change", "extreme", "most", "of matrix"]
     rows = [_cells(movement) for movement in movements]
     if width < _WIDTH_WITH_EXTREMES:
@@ -137,7 +137,7 @@ def _rows(movements: Sequence[Movement], width: int) -> Table:
 
 
 def _cells(movement: Movement) -> list[str]:
-    """Quantity, mean, its change, extreme, how far which matrix moved that moved most."""
+    """Quantity, mean, its change, extreme, and the matrix that changed most with its change."""
     if not movement.values:
         return [movement.key, *[_NOTHING] * 5]
     values = _finite(movement.values)
@@ -158,7 +158,7 @@ def _cells(movement: Movement) -> list[str]:
 
 
 def _not_finite(movement: Movement) -> list[str]:
-    # Of a quantity without an alarm infinity is a value as any other.
+    # For a quantity without an alarm, infinity is an ordinary value.
     return [
         f"{movement.key} of {name} is {value} at step {movement.step}."
         for name, value in movement.values.items()
@@ -184,7 +184,7 @@ def _moved_too_far(movement: Movement) -> list[str]:
 
 
 def _factors(movement: Movement) -> dict[str, float]:
-    """By how much each positive value was multiplied since the last table."""
+    """The factor by which each positive value has changed since the last table."""
     before = _finite(movement.before or {})
     now = _finite(movement.values)
     return {name: now[name] / before[name] for name in now if now[name] > 0 and before.get(name, 0) > 0}

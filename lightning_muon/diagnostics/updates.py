@@ -1,4 +1,4 @@
-"""The updates of one optimizer step, whichever optimizer makes it."""
+"""The updates of one step of any optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_muon.optim import StackUpdate
 from lightning_muon.optim.stacks import consecutive
 
 _DECOUPLED = re.compile(r"AdamW|Lion|^Adafactor$|^Muon$")
-"""Classes that shrink the weights by lr * weight_decay besides the update, and have no option that says so."""
+"""Classes with decoupled weight decay, lr * weight_decay, that have no option for it."""
 
 
 class UpdateCapture:
@@ -34,13 +34,13 @@ class UpdateCapture:
     def __init__(self, optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
         self.stepped = False
         self.stacks: list[StackUpdate] = []
-        """Copies of what matrix optimizers subtract, of the parameters asked for, with a scale of 1."""
+        """Copies of the directions of matrix optimizers, for the requested parameters, with a scale of 1."""
         self.differences: dict[Tensor, Tensor] = {}
-        """What other optimizers subtracted, in the parameters' shapes."""
+        """What other optimizers subtracted, in the shapes of the parameters."""
         self.rounded = False
-        """Whether differences of weights in half precision were taken, which rounding dominates."""
+        """Whether updates are differences of weights in half precision, which rounding dominates."""
         self.unknown: set[str] = set()
-        """Optimizers whose weight decay is still in their updates, since it is not known how they decay."""
+        """Names of optimizers whose measured updates contain weight decay, because their kind of decay is not known."""
         self._parameters = parameters
         self._seen: set[Tensor] = set()
         self._before: dict[Tensor, tuple[Tensor, float]] = {}
@@ -49,14 +49,14 @@ class UpdateCapture:
             self._watch(child)
 
     def close(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the observers from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._before.clear()
 
     def in_shape_of(self, parameter: Tensor) -> Tensor | None:
-        """The update of a parameter in its shape, put together from stacks if need be; None if it did not move."""
+        """The update of a parameter in its shape, assembled from stacks if necessary; None if it did not change."""
         found = self.differences.get(parameter)
         blocks = {
             member.view: (member.layout, stack.direction[member.slice])
@@ -114,7 +114,7 @@ def _children(optimizer: Optimizer) -> Iterable[Optimizer]:
 
 
 def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float | None:
-    """The part of the weights that a step takes away besides the update; None where that is not known."""
+    """The fraction of the weights that decoupled decay removes in a step; None where it is not known."""
     weight_decay, lr = group.get("weight_decay"), group.get("lr")
     if not weight_decay:
         return 0.0

@@ -144,8 +144,8 @@ def singular_values(matrices: Tensor) -> Tensor:
     return scaled.rescaled(_decompose(scaled.tall))
 
 
-def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations: int = 16) -> tuple[Tensor, Tensor]:
-    """The spectral norm from below, by power iteration with X^T X that keeps the best of all iterates (Lanczos).
+def lanczos(matrices: Tensor, vectors: Tensor | None = None, iterations: int = 16) -> tuple[Tensor, Tensor]:
+    """The spectral norm from below, by the Lanczos method: the best vector in the span of all iterates with X^T X.
 
     Sixteen iterations came within 0.3 % on Gaussian matrices and updates of Muon, whose singular values lie close
     together. Without ``vectors`` it begins with a fixed vector, which takes no random numbers. With ``vectors`` it
@@ -164,7 +164,7 @@ def power_iteration(matrices: Tensor, vectors: Tensor | None = None, iterations:
         TypeError: if ``matrices`` is not a floating-point tensor (..., m, n).
         ValueError: for vectors of another shape, or less than one iteration.
     """
-    check_matrices("power_iteration", matrices)
+    check_matrices("lanczos", matrices)
     spectra, vectors = estimate_spectra(matrices, vectors, iterations=iterations, gram=False)
     return spectra.spectral_norm, vectors
 

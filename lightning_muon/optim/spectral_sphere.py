@@ -271,7 +271,7 @@ def _leading_vectors(weights: Tensor, right: Tensor, iterations: int) -> tuple[T
     """Largest singular value sigma (B,) of (B, m, n), with left (B, m) and right (B, n) singular vectors.
 
     The iteration starts at ``right``. A zero or non-finite matrix keeps ``right``; the left vector of a zero matrix is
-    zero. :func:`~lightning_muon.linalg.power_iteration` is for norms: it adds a fixed vector to the start, keeps the
+    zero. :func:`~lightning_muon.linalg.lanczos` is for norms: it adds a fixed vector to the start, keeps the
     best of all iterates, and returns only one of the two vectors.
     """
     for _ in range(iterations):

@@ -24,7 +24,7 @@ MAX_STACK_ELEMENTS = 2**24
 """Matrices are decomposed together up to this many elements, which bounds temporary memory."""
 
 ITERATIONS = 16
-"""Iterations of the power iteration. For weights it starts from the last vectors; updates change too fast for that."""
+"""Iterations of the Lanczos method. For weights it starts from the last vectors; updates change too fast for that."""
 
 
 class Depth(IntEnum):
@@ -75,7 +75,7 @@ class MatrixProbe:
         self.parameters = parameters
         self.demands = demands
         self.vectors: dict[str, Tensor] = {}
-        """Start vectors of the next power iteration, by name of the weight."""
+        """Start vectors of the next Lanczos iteration, by name of the weight."""
         self._warned: set[str] = set()
         self._captures: dict[Optimizer, UpdateCapture] = {}
         self._step = -1

@@ -101,12 +101,12 @@ def exact_spectra(matrices: Tensor) -> Spectra:
 def estimate_spectra(
     matrices: Tensor, vectors: Tensor | None = None, *, iterations: int = 16, gram: bool = True
 ) -> tuple[Spectra, Tensor]:
-    """Compute the cheap statistics: no singular values, and the spectral norm by power iteration.
+    """Compute the cheap statistics: no singular values, and the spectral norm by :func:`lanczos`.
 
     Args:
         matrices: (..., m, n), floating point. bfloat16 and float16 are computed in float32.
         vectors: (..., r), what an earlier call returned, for a warm start.
-        iterations: of the power iteration.
+        iterations: of the Lanczos method.
         gram: whether to form the Gram matrices, which the orthogonality error and the participation ratio need.
 
     Returns:
@@ -243,7 +243,7 @@ class _Scaled:
 
     @property
     def tall(self) -> Tensor:
-        """(B, m, n) or its transpose, with r columns, for Gram matrices and power iteration."""
+        """(B, m, n) or its transpose, with r columns, for Gram matrices and the Lanczos method."""
         m, n = self.matrices.shape[-2:]
         return self.matrices if m >= n else self.matrices.mT
 

@@ -3,6 +3,7 @@
 Names are imported on first use, so that ``lightning_muon.optim`` works without Lightning and does not import it.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -88,9 +89,13 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"lightning_muon.{name}")
     if name == "SpecMuon":
-        raise AttributeError(
-            "lightning_muon.SpecMuon is experimental and has moved: it is lightning_muon.experimental.SpecMuon."
+        warnings.warn(
+            "lightning_muon.SpecMuon is experimental: import it as lightning_muon.experimental.SpecMuon. The old name, "
+            "also in a class_path, will be removed.",
+            FutureWarning,
+            stacklevel=2,
         )
+        return import_module("lightning_muon.experimental").SpecMuon
     if name not in __all__:
         raise AttributeError(f"module 'lightning_muon' has no attribute {name!r}")
     home = _NEED_LIGHTNING.get(name, "partition" if name in _FOR_PARTITIONS else "optim")
@@ -100,4 +105,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*__all__, *_PACKAGES, *(name for name in globals() if name.startswith("__"))})

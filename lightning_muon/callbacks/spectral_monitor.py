@@ -234,7 +234,7 @@ class SpectralMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         monitors = _monitors(trainer)
         if self is monitors[-1]:
-            shown = [movement for m in monitors if m.print_table for movement in m.movements()]
+            shown = [movement for m in monitors if m.print_table for movement in m.take_movements()]
             if shown:
                 step = max(movement.step for movement in shown)
                 whole = where_all_values_are(trainer.loggers, self._directory, any(m.per_parameter for m in monitors))
@@ -266,8 +266,8 @@ class SpectralMonitor(Callback):
                 drawn[self.key(f"{self.name}_of_{kind}s")] = heat_maps(maps)
         return drawn
 
-    def movements(self) -> list[Movement]:
-        """Return the rows of the table: one per quantity that was measured since the last table."""
+    def take_movements(self) -> list[Movement]:
+        """Return the rows of the table, one per quantity measured since the last table, and count them as shown."""
         rows = []
         for quantity in self.quantities:
             history = self.histories.get(quantity.key)

@@ -44,7 +44,9 @@ class Movement(NamedTuple):
 
 
 class MonitorTable:
-    """A Rich table of the changes in at most twelve lines: quantities, alarms, and the number of those left out.
+    """A Rich table of the changes with quantities, alarms, and the number of those left out.
+
+    It has at most twelve lines, from 80 columns on.
 
     A line tells the mean and how it changed since the last table, the extreme where there is room, and which matrix
     moved most, and by how much. Mean and extreme are those that are logged; the line says how many values are not

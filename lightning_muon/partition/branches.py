@@ -95,7 +95,7 @@ def parallel_ends(last: Leaf, leaves: Sequence[Leaf]) -> list[Leaf]:
     for others in (reversed(leaves[:place]), leaves[place + 1 :]):
         for leaf in others:
             same = holder(leaf)[1] is parent and leaf.fan_in == last.fan_in and leaf.kind == last.kind
-            if not same or leaf.fan_out == last.fan_in or _is_read_within(leaf, leaves, parent):
+            if not same or leaf.fan_out == last.fan_in or is_read_within(leaf, leaves, parent):
                 break
             found.append(leaf)
     return found or _parallel_branches(last, depth, leaves)
@@ -132,7 +132,8 @@ def _is_inside(leaf: Leaf, parent: nn.Module, depth: int) -> bool:
     return depth < len(leaf.path) and leaf.modules[depth] is parent
 
 
-def _is_read_within(leaf: Leaf, leaves: Sequence[Leaf], parent: nn.Module) -> bool:
+def is_read_within(leaf: Leaf, leaves: Sequence[Leaf], parent: nn.Module) -> bool:
+    """Whether a later layer of ``parent`` has the width that a layer returns as its fan-in."""
     later = leaves[leaves.index(leaf) + 1 :]
     return any(parent in other.modules and other.fan_in == leaf.fan_out for other in later)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_muon.partition.branches import ends_branch, ends_in_hidden_width, parallel_ends
+from lightning_muon.partition.branches import ends_branch, ends_in_hidden_width, is_read_within, parallel_ends
 from lightning_muon.partition.leaves import Leaf, inside_known, is_repeated
 from lightning_muon.partition.names import class_name
 from lightning_muon.partition.sites import Site
@@ -120,7 +120,7 @@ def _wherever_registered(leaves: Sequence[Leaf], names: re.Pattern[str]) -> list
             if names is _BASIS:
                 is_head = _is_basis_head(leaf, path, leaves)
             else:
-                is_head = not _is_read_within(leaf, parent, leaves)
+                is_head = not is_read_within(leaf, leaves, parent)
             if is_head:
                 found.append((leaf, f"Output head: the last layer of {path[-1]!r}, parameters {what}."))
     return found
@@ -225,11 +225,6 @@ def _looks_hidden(last: Leaf, leaves: Sequence[Leaf], sites: Sequence[Site]) -> 
 def _keeps_its_space(name: str, part: Sequence[Leaf]) -> bool:
     """Whether a part of several layers returns to its input width: a predictor as in BYOL, not an output."""
     return name in {"head", "prediction_head", "predictor"} and len(part) > 1 and part[0].fan_in == part[-1].fan_out
-
-
-def _is_read_within(leaf: Leaf, parent: nn.Module, leaves: Sequence[Leaf]) -> bool:
-    later = leaves[leaves.index(leaf) + 1 :]
-    return any(parent in other.modules and other.fan_in == leaf.fan_out for other in later)
 
 
 def _is_read_later(leaf: Leaf, part: Sequence[Leaf], leaves: Sequence[Leaf]) -> bool:

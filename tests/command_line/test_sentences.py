@@ -111,7 +111,6 @@ def test_options_classes_and_values(classes, args, expected, capsys):
 SETTINGS = [
     (["matrix_optimizer=Moun"], "matrix_optimizer: No optimizer 'Moun'. Did you mean Muon?"),
     (["matrix_optimizer=lightning_muon.Moun"], "No optimizer 'Moun' in lightning_muon. Did you mean lightning_muon.Mu"),
-    (["matrix_optimizer=lightning_muon.SpecMuon"], "it is lightning_muon.experimental.SpecMuon."),
     (["matrix_optimizer=torch.optim.AdamWW"], "No optimizer 'AdamWW' in torch.optim. Did you mean torch.optim.AdamW?"),
     (["schedule=lightning_muon.schedules.Cosin"], "Did you mean lightning_muon.schedules.Cosine?"),
     (["other_optimizer=AdmW"], "other_optimizer: No optimizer 'AdmW'. Did you mean AdamW?"),

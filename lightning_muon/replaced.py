@@ -205,7 +205,7 @@ def _check_coverage(
 def replacement_notice(own: OwnOptimizers, configured: Any, replacement: Replacement) -> str:
     """Return the warning: what is not used, what is used in its place, and what to write instead."""
     by = replacement.by
-    no_effect = f" It reads {', '.join(own.reads)}, which no longer change the optimizer." if own.reads else ""
+    no_effect = f" It reads {', '.join(own.reads)}, without an effect on the optimizer now." if own.reads else ""
     shown = ", ".join(own.left_out[:4]) + (f" and {len(own.left_out) - 4} more" if len(own.left_out) > 4 else "")
     trained = (
         f" It leaves out {shown}, which {by} trains: freeze them with requires_grad_(False) if they are to stay."

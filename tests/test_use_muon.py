@@ -224,7 +224,7 @@ def test_what_is_not_used_is_said():
     text = notice(Scheduled())
     assert "UseMuon replaces Scheduled.configure_optimizers" in text
     assert "its SGD(lr=0.5, weight_decay=0.25) and the scheduler StepLR are not used" in text
-    assert "which no longer change the optimizer." in text
+    assert "without an effect on the optimizer now." in text
     assert all(part in text for part in ("lr=0.5", "wd=0.25", "gamma=0.9", "momentum=0.75"))
     assert "depth" not in text
     assert "Muon(lr=0.02" in text

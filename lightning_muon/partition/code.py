@@ -11,14 +11,14 @@ from __future__ import annotations
 import ast
 import dis
 import functools
-import inspect
-import linecache
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import NamedTuple, TypeGuard
 
 from torch import nn
+
+from lightning_muon.partition.methods import functions_of, live_methods, parsed_methods
 
 _CASTS = {"to", "type_as", "type", "float", "half", "double", "bfloat16", "contiguous"}
 _FLIPS = {"t", "T", "mT", "transpose"}
@@ -65,7 +65,7 @@ class Fused(NamedTuple):
 def applied_maps(owner: type[nn.Module]) -> Mapping[str, Applied]:
     """Return the attributes that a class's methods apply as linear maps, always in the same way."""
     uses: dict[str, set[Applied]] = {}
-    for base, methods in _live_methods(owner):
+    for base, methods in live_methods(owner):
         for name, applied in _uses_in(base, methods):
             uses.setdefault(name, set()).add(applied)
     return {name: next(iter(found)) for name, found in uses.items() if len(found) == 1}
@@ -78,64 +78,15 @@ def fused_maps(owner: type[nn.Module]) -> Mapping[str, Fused]:
     two parts. The input may be a local name or a sum of several layers' outputs, as for the gates of a recurrent cell.
     """
     found: dict[str, set[Fused]] = {}
-    for base, methods in _live_methods(owner):
+    for base, methods in live_methods(owner):
         for name, fused in _cuts_in(base, methods):
             found.setdefault(name, set()).add(fused)
     return {name: next(iter(fused)) for name, fused in found.items() if len(fused) == 1}
 
 
-def _live_methods(owner: type) -> Iterator[tuple[type, frozenset[str]]]:
-    """Yield the classes whose code is read, each with the names of its methods that ``owner`` can reach.
-
-    A method that a class earlier in the MRO overrides is dead, unless a live method calls it by ``super()`` or by its
-    class.
-    """
-    defined: set[str] = set()
-    by_super: set[str] = set()
-    by_class: set[tuple[type, str]] = set()
-    for base in owner.__mro__:
-        own = vars(base).keys()
-        live = frozenset(n for n in own if n not in defined or n in by_super or (base, n) in by_class)
-        defined |= own
-        by_super -= own  # super() ends at the first class that has the method
-        for called, name in {call for method in live for call in _calls_of_bases(vars(base)[method])}:
-            if called == "super":
-                by_super.add(name)
-            for named in (one for one in owner.__mro__ if one.__name__ == called):
-                by_class.add((next((one for one in named.__mro__ if name in vars(one)), named), name))
-        if base.__module__.partition(".")[0] not in {"torch", "builtins", "lightning", "pytorch_lightning"}:
-            yield base, live
-
-
-def _calls_of_bases(method: object) -> frozenset[tuple[str, str]]:
-    """``("super", name)`` for ``super().name`` in a method, and ``("Base", name)`` for ``Base.name``."""
-    return _calls_in(inspect.unwrap(method).__code__) if inspect.isfunction(method) else frozenset()
-
-
-@functools.lru_cache(maxsize=16384)
-def _calls_in(function: CodeType) -> frozenset[tuple[str, str]]:
-    """Cached per function: every layer has the methods of ``nn.Module``, more than a hundred."""
-    calls: set[tuple[str, str]] = set()
-    codes = [function]
-    while codes:
-        code = codes.pop()
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-        loaded = ""
-        for line in dis.get_instructions(code):
-            if line.opname in {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"}:
-                loaded = loaded if loaded == "super" else str(line.argval)  # also in super(Owner, self)
-            elif line.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_")):
-                if loaded:
-                    calls.add((loaded, str(line.argval)))
-                loaded = str(line.argval)  # module.Base.name
-            elif line.opname.startswith("LOAD_FAST") and loaded != "super":
-                loaded = ""
-    return frozenset(calls)
-
-
 @functools.lru_cache(maxsize=4096)
 def _cuts_in(base: type, methods: frozenset[str]) -> tuple[tuple[str, Fused], ...]:
-    return tuple({cut for method in _methods(base, methods) for cut in _cuts_in_method(method)})
+    return tuple({cut for method in parsed_methods(base, methods) for cut in _cuts_in_method(method)})
 
 
 def _cuts_in_method(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, Fused]]:
@@ -264,38 +215,11 @@ def _is_module_of_torch(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in {"torch", "th"}
 
 
-def _methods(base: type, names: frozenset[str]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Return the methods of a class with these names, except ``__init__``, if their files can be read."""
-    found = []
-    for method in _functions(base, names):
-        code = inspect.unwrap(method).__code__
-        node = _functions_in(code.co_filename).get(code.co_firstlineno)
-        if node is not None and node.name == code.co_name:
-            found.append(node)
-    return found
-
-
-def _functions(base: type, names: frozenset[str]) -> list[FunctionType]:
-    methods = [method for name, method in vars(base).items() if name in names]
-    return [method for method in methods if inspect.isfunction(method) and method.__name__ != "__init__"]
-
-
-@functools.lru_cache(maxsize=256)
-def _functions_in(filename: str) -> dict[int, ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions of a file, or of a cell of a notebook, by their first lines."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
-    except (SyntaxError, ValueError):
-        return {}
-    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    return {min([node.lineno, *(mark.lineno for mark in node.decorator_list)]): node for node in functions}
-
-
 @functools.lru_cache(maxsize=4096)
 def _uses_in(base: type, names: frozenset[str]) -> tuple[tuple[str, Applied], ...]:
-    methods = _methods(base, names)
+    methods = parsed_methods(base, names)
     if not methods:
-        return _uses_in_bytecode(_functions(base, names))
+        return _uses_in_bytecode(functions_of(base, names))
     return tuple(sorted({use for method in methods for use in _uses_in_method(method)}))
 
 

@@ -239,24 +239,29 @@ def test_a_found_rate_is_the_peak_of_the_schedule(way, schedule, tmp_path):
 # Schedules that nobody steps
 
 
+class Manual(MuonMixin, Bare):
+    """Steps its optimizer itself, and its schedule at each step, at each epoch or never."""
+
+    automatic_optimization = False
+    schedule_steps = "each step"
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        if self.schedule_steps == "each step":
+            self.lr_schedulers().step()
+
+    def on_train_epoch_end(self):
+        if self.schedule_steps == "each epoch":
+            self.lr_schedulers().step()
+
+
 @pytest.mark.parametrize("steps", ["each step", "each epoch", ""], ids=["stepped", "by epoch", "forgotten"])
 def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwarn):
-    class Manual(MuonMixin, Bare):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-            if steps == "each step":
-                self.lr_schedulers().step()
-
-        def on_train_epoch_end(self):
-            if steps == "each epoch":
-                self.lr_schedulers().step()
-
     module = Manual()
+    module.schedule_steps = steps
     module.schedule = Linear()
     trainer(max_steps=-1, max_epochs=2).fit(module, datamodule=Items(4))
     named = [str(w.message) for w in recwarn if "never steps it" in str(w.message)]
@@ -270,17 +275,6 @@ def test_manual_optimization_that_never_steps_its_schedule_is_named(steps, recwa
 
 def test_max_time_under_manual_optimization():
     """Without a number of steps the learning rate would stay at the start of the warmup, which is 0."""
-
-    class Manual(MuonMixin, Bare):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-            self.lr_schedulers().step()
-
     schedule, rates = Linear(warmup=0.2), Rates()
     optimizers = {"matrix_optimizer": partial(Muon, lr=0.02), "other_optimizer": partial(torch.optim.AdamW, lr=0.001)}
     clock = Clock({"seconds": 20})
